@@ -1,0 +1,235 @@
+"""What crosses the process boundary between the service and its hosts. No torch, no SQL.
+
+A host speaks HTTP over a Unix socket:
+
+    GET    /health            -> HostHealth
+    POST   /generate          GenerateRequest -> TokenChunk per line (NDJSON); closing the connection stops the sequence
+    POST   /runs              RunSpec -> RunEvent per line (NDJSON); closing the connection stops the run
+    DELETE /runs/{id}         -> {} once the run has really stopped and its memory is free; 404 if there is none
+    POST   /evaluate          EvaluateRequest -> Evaluation
+    POST   /adapters/load     AdapterRef -> {}
+    POST   /adapters/unload   AdapterRef -> {}
+
+Anything that is refused before its stream begins is answered with the status of the error and `{"error": ErrorInfo}`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from repertory.data.conversations import Conversation, Message
+from repertory.errors import ErrorInfo
+
+BUNDLED_MODEL = "bundled/SmolLM2-135M-Instruct"
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Quantization = Literal["none", "8bit", "4bit"]
+OrgId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+class Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Hyperparameters(Contract):
+    """How to train. None means: resolved for this job on this device."""
+
+    lora_r: int | None = Field(None, ge=1, le=1024)
+    lora_alpha: float | None = Field(None, gt=0, le=4096)
+    lora_dropout: float | None = Field(None, ge=0, lt=1)
+    lora_target_modules: str | list[str] | None = None  # "all-linear", "q_proj,v_proj" or a list of module names
+    batch_size: int | None = Field(None, ge=1, le=4096)  # with the next: rows of one optimizer step
+    gradient_accumulation_steps: int | None = Field(None, ge=1, le=4096)
+    learning_rate: float | None = Field(None, gt=0, le=1)
+    num_train_epochs: int | None = Field(None, ge=1, le=100)
+    max_seq_length: int | None = Field(None, ge=8)  # tokens
+    warmup_steps: int | None = Field(None, ge=0)
+    save_steps: int | None = Field(None, ge=1)
+    eval_steps: int | None = Field(None, ge=1)
+    logging_steps: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    use_4bit: bool | None = None
+    use_8bit: bool | None = None
+    bnb_4bit_compute_dtype: Literal["fp32", "bf16", "fp16", "float32", "bfloat16", "float16"] | None = None
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+
+    @model_validator(mode="after")
+    def one_quantization(self) -> Hyperparameters:
+        if self.use_4bit and self.use_8bit:
+            raise ValueError("use_4bit and use_8bit are both true; choose one of them, or neither for no quantization")
+        return self
+
+    def over(self, defaults: Hyperparameters) -> Hyperparameters:
+        """These values, and where unset those of `defaults`. Asking for one quantization overrules the other."""
+        mine = self.model_dump(exclude_none=True)
+        theirs = defaults.model_dump(exclude_none=True)
+        if mine.get("use_4bit") or mine.get("use_8bit"):
+            theirs.pop("use_4bit", None)
+            theirs.pop("use_8bit", None)
+        return Hyperparameters.model_validate(theirs | mine)
+
+
+class Device(Contract):
+    """What a host computes on."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    count: int = 1
+    memory_bytes: int
+    has_bf16: bool  # bf16 matrix products at full speed
+
+
+class BaseKey(Contract):
+    """One base model as a host holds it. An adapter is served only on the key it was trained on."""
+
+    base_model: str
+    revision: str | None = None
+    quantization: Quantization
+    dtype: Dtype
+
+    @staticmethod
+    def resolve(base_model: str, hyperparameters: Hyperparameters, device: Device) -> BaseKey:
+        """Where nothing is set: NF4 on CUDA and no quantization on a CPU; bf16 where the device has it."""
+        quantization: Quantization = "none"
+        if hyperparameters.use_8bit:
+            quantization = "8bit"
+        elif hyperparameters.use_4bit or (device.kind == "cuda" and hyperparameters.use_4bit is None):
+            quantization = "4bit"
+        dtype: Dtype
+        if hyperparameters.dtype in ("fp32", "bf16", "fp16"):
+            dtype = hyperparameters.dtype
+        elif device.has_bf16:
+            dtype = "bf16"
+        else:
+            dtype = "fp16" if device.kind == "cuda" else "fp32"
+        return BaseKey(base_model=base_model, quantization=quantization, dtype=dtype)
+
+
+class HostHealth(Contract):
+    state: Literal["loading", "ready", "failed"]
+    phase: str = ""  # while loading: what is going on, for people
+    device: Device | None = None  # known soon after the start, before the base model is loaded
+    key: BaseKey | None = None
+    error: ErrorInfo | None = None  # set when failed
+    adapters: list[str] = []  # training ids of the adapters in memory
+    running: int = 0  # sequences being decoded
+    waiting: int = 0  # sequences in the queue
+    runs: list[str] = []  # training ids of the runs in progress
+    memory_bytes: int = 0  # of the host process, or on CUDA of the device
+    parameters: int = 0  # of the base model
+
+
+class AdapterRef(Contract):
+    """One immutable version of one organisation's voice."""
+
+    org_id: OrgId
+    training_id: str
+    path: str  # absolute folder in PEFT format with a MANIFEST.json that verifies
+
+
+class GenerateRequest(Contract):
+    request_id: str
+    org_id: OrgId
+    adapter: AdapterRef | None  # None: the bare base
+    messages: list[Message]  # the last one is the user's; a leading system message, or the recorded one is used
+    temperature: float = Field(ge=0, le=2)  # 0: greedy
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)  # 0: no limit
+    max_tokens: int = Field(ge=1)
+    stop: list[str] = []
+    seed: int | None = None
+
+
+class Usage(Contract):
+    prompt_tokens: int
+    completion_tokens: int
+    dropped_messages: int = 0  # oldest messages of the history that did not fit into the context
+
+
+class TokenChunk(Contract):
+    """A piece of the reply; text appears only when it decodes cleanly and cannot be part of a stop string."""
+
+    text: str = ""
+    finish_reason: Literal["stop", "length"] | None = None  # set on the last chunk, with usage
+    usage: Usage | None = None
+    error: ErrorInfo | None = None  # instead of a finish_reason: the sequence died
+
+
+class TestPrompt(Contract):
+    __test__ = False  # not a test class, whatever its name suggests to pytest
+
+    instruction: str = Field(min_length=1, max_length=8000)
+    expected_response: str | None = None
+
+
+class RunSpec(Contract):
+    """Everything a run needs. Paths are absolute; the folders are the run's own."""
+
+    org_id: OrgId
+    training_id: str
+    base_model: str
+    conversations_path: str  # JSON lines, one Conversation each
+    output_dir: str  # the adapter appears here, MANIFEST.json last
+    checkpoint_dir: str
+    hyperparameters: Hyperparameters
+    validation_split: float = Field(ge=0, lt=1)
+    system_prompt: str | None = None
+    test_prompts: list[TestPrompt] = []  # empty: taken from the held-out conversations
+    current: AdapterRef | None = None  # the organisation's promoted version, to compare with
+
+
+class RunEvent(Contract):
+    """One line of a run's story. `progress` never falls and is 1.0 only with `completed`.
+
+    preparing   the run has left the queue
+    running     training begins; data: resolved metadata (hyperparameters, counts, resumed_from_step, warnings)
+    step        one optimizer step; data: step, total_steps, epoch, loss, learning_rate, grad_norm, tokens_per_second,
+                eta_seconds
+    checkpoint  data: step
+    evaluating  training is over, or the base is being measured; data: phase
+    heartbeat   nothing new, but alive
+    completed   data: metadata of the version, with the report; the folder at output_dir verifies
+    failed      error is set
+    cancelled   stopped on request; memory is free
+    """
+
+    kind: Literal[
+        "preparing", "running", "step", "checkpoint", "evaluating", "heartbeat", "completed", "failed", "cancelled"
+    ]
+    progress: float = Field(ge=0, le=1)
+    data: dict[str, Any] = {}
+    error: ErrorInfo | None = None
+
+
+class EvaluateRequest(Contract):
+    org_id: OrgId
+    adapter: AdapterRef
+    conversations_path: str | None = None  # the job's own data, of which the held-out part is scored
+    conversations: list[Conversation] | None = None  # given: scored instead
+    test_prompts: list[TestPrompt] = []
+
+
+class TestResponse(Contract):
+    __test__ = False
+
+    instruction: str
+    generated_response: str
+    base_response: str
+    expected_response: str | None = None
+
+
+class Evaluation(Contract):
+    perplexity: float
+    base_perplexity: float
+    val_nll: float  # nats per trained token
+    base_val_nll: float
+    scored_tokens: int
+    scored_conversations: int
+    scored_on: Literal["held-out", "given", "training"]  # training: the job had nothing to hold out
+    test_responses: list[TestResponse]
+    total_parameters: int
+    trainable_parameters: int
+    model_size_mb: float

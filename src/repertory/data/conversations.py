@@ -1,0 +1,60 @@
+"""A conversation as everything here knows it: messages with roles, from anywhere."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+Role = Literal["system", "user", "assistant"]
+
+
+def _clean_text(text: str) -> str:
+    """Text that a model can be trained on and a database can store."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair, which is not valid Unicode")
+    if "\x00" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+CleanText = Annotated[str, AfterValidator(_clean_text)]
+
+
+def _spoken_text(text: str) -> str:
+    if not text.strip().strip("\u200b\u200c\u200d\u2060\ufeff"):
+        raise ValueError("is empty")
+    return text
+
+
+SpokenText = Annotated[CleanText, AfterValidator(_spoken_text)]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role
+    content: SpokenText
+
+
+class Conversation(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    messages: list[Message] = Field(min_length=1)
+    platform: CleanText | None = None
+    timestamp: datetime | None = None
+
+    @field_validator("timestamp")
+    @classmethod
+    def in_utc(cls, timestamp: datetime | None) -> datetime | None:
+        if timestamp is None:
+            return None
+        return timestamp.replace(tzinfo=UTC) if timestamp.tzinfo is None else timestamp.astimezone(UTC)
+
+    @field_validator("messages")
+    @classmethod
+    def someone_answers(cls, messages: list[Message]) -> list[Message]:
+        if not any(message.role == "assistant" for message in messages):
+            raise ValueError("has no assistant turn, so there is nothing to learn from it")
+        return messages

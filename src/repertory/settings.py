@@ -1,0 +1,55 @@
+"""Every environment variable, once.
+
+The environment beats `.env`, which beats the defaults here. A training value that is left unset is resolved for each
+job on its device (`repertory.model.hyperparameters`), and the resolved value is shown in the job's metadata.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from repertory.contracts import BUNDLED_MODEL, Hyperparameters
+
+
+class Settings(Hyperparameters, BaseSettings):
+    """The machine's settings. Field names are the environment variables, in lower case."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(8300, ge=0, le=65535)
+    allowed_hosts: str = ""  # comma-separated; empty: checked against loopback names when bound to loopback, else not
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    database_url: str = "sqlite:///./models/repertory.db"
+    model_cache_dir: Path = Path("./models/cache")
+    finetuned_model_dir: Path = Path("./models/finetuned")
+    checkpoint_dir: Path = Path("./models/checkpoints")
+    dataset_dir: Path = Path("./models/datasets")
+
+    huggingface_token: str | None = None
+    default_base_model: str = BUNDLED_MODEL
+    default_org_id: str | None = None
+    max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
+    max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it
+
+    min_training_samples: int = Field(1, ge=1)  # conversations; below 100 a job carries a warning
+    validation_split: float = Field(0.1, ge=0, lt=1)
+    max_new_tokens: int = Field(500, ge=1)
+    temperature: float = Field(0.8, ge=0, le=2)
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(50, ge=0)  # 0: no limit
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """The training values that the operator has set for all jobs."""
+        return Hyperparameters.model_validate({name: getattr(self, name) for name in Hyperparameters.model_fields})
+
+
+@cache
+def settings() -> Settings:
+    return Settings()
