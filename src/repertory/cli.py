@@ -1,0 +1,69 @@
+"""The commands of `repertory`. Each says what went wrong and how to cure it; none shows a traceback for that.
+
+Exit codes: 0 done, 2 wrong usage, 3 not found, 4 not allowed, 5 invalid input, 6 job failed, 7 cancelled, 8 service
+unreachable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from repertory.errors import RepertoryError
+from repertory.settings import Settings, settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def repertory() -> None:
+    """Fine-tune and serve voices: one base model, many organisations."""
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer conversations, one epoch: under 3 minutes.")] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Where the service is or shall be.  [default: PORT, else 8300]")
+    ] = None,
+) -> None:
+    """Learn a real person's voice, show that it was learned, and talk to it."""
+    from repertory import demo as demonstration
+
+    lesson = demonstration.QUICK if quick else demonstration.FULL
+    try:
+        demonstration.run(lesson, port or machine_settings().port, Console())
+    except RepertoryError as error:
+        complain(error)
+        raise typer.Exit(demonstration.exit_code(error)) from None
+
+
+def machine_settings() -> Settings:
+    """The settings, or a complaint about the variable that is wrong."""
+    try:
+        return settings()
+    except ValidationError as refused:
+        for problem in refused.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper() or "The settings"
+            complain(
+                RepertoryError(
+                    f"{name}: {problem['msg']}",
+                    code="invalid_settings",
+                    cure="Correct it in the environment or in .env; .env.example lists every setting.",
+                )
+            )
+        raise typer.Exit(5) from None
+
+
+def complain(error: RepertoryError) -> None:
+    """What, why, cure, on stderr."""
+    console = Console(stderr=True, highlight=False)
+    console.print(f"{error.code}: {error.message}", markup=False, soft_wrap=True)
+    console.print(f"Cure: {error.cure}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()
