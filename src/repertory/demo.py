@@ -55,6 +55,7 @@ class Progressed:
     """One look at a running job."""
 
     status: str
+    phase: str  # what it does within its status
     progress: float  # 0 to 1
     step: int | None
     total_steps: int | None
@@ -102,6 +103,7 @@ class ServiceProcess:
 
     def __init__(self, port: int) -> None:
         with _opened_log() as log:
+            self._first_byte = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "repertory.cli", "serve"],
                 env=os.environ | {"PORT": str(port)},
@@ -120,9 +122,10 @@ class ServiceProcess:
         code = self._process.poll()
         if code is None:
             return
-        lines = LOG.read_text(errors="replace").splitlines()[-5:]
+        said = LOG.read_bytes()[self._first_byte :].decode(errors="replace")
+        lines = [line.strip() for line in said.splitlines() if line.strip()][-5:]
         raise ServiceUnreachable(
-            f"the service ended with exit code {code} while starting. Its last words: {' | '.join(lines) or '(none)'}",
+            f"the service ended with exit code {code} while starting. Its last words: {' | '.join(lines) or 'none'}",
             cure=f"Read {LOG} and start again; `make run` shows the same on the terminal.",
         )
 
@@ -336,6 +339,7 @@ def _look(job: JsonObject) -> Progressed:
     metadata = job.get("metadata") or {}
     return Progressed(
         status=str(job["status"]),
+        phase=str(metadata.get("phase") or job["status"]),
         progress=float(job["progress"]),
         step=metadata.get("step"),
         total_steps=metadata.get("total_steps"),
@@ -356,7 +360,7 @@ def _progress_shown(console: Console) -> Iterator[Show]:
         yield _plain_lines(console)
         return
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<12}"),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[facts]}"),
@@ -365,7 +369,7 @@ def _progress_shown(console: Console) -> Iterator[Show]:
         task = bar.add_task("queued", total=1.0, facts="")
 
         def show(look: Progressed) -> None:
-            bar.update(task, description=look.status, completed=look.progress, facts=look.facts)
+            bar.update(task, description=look.phase, completed=look.progress, facts=look.facts)
 
         yield show
 
@@ -377,10 +381,10 @@ def _plain_lines(console: Console) -> Show:
     def show(look: Progressed) -> None:
         nonlocal told, told_at
         now = time.monotonic()
-        if look.status == told and now - told_at < PLAIN_LINE_SECONDS:
+        if look.phase == told and now - told_at < PLAIN_LINE_SECONDS:
             return
-        told, told_at = look.status, now
-        console.print(f"{look.status:<10} {look.progress:4.0%}  {look.facts}".rstrip(), highlight=False)
+        told, told_at = look.phase, now
+        console.print(f"{look.phase:<12} {look.progress:4.0%}  {look.facts}".rstrip(), highlight=False)
 
     return show
 
