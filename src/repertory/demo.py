@@ -404,13 +404,13 @@ def _scores(client: Client, training_id: str, job: JsonObject) -> Scores:
 
 def _show_scores(scores: Scores, console: Console) -> None:
     on = f" on {scores.conversations} conversations" if scores.conversations else ""
-    table = Table(title=f"Held-out perplexity{on} (lower is better)", title_justify="left")
+    table = Table()
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     table.add_column("change", justify="right")
     table.add_row("base", f"{scores.base:.1f}", "")
     table.add_row("new voice", f"{scores.voice:.1f}", f"{scores.voice / scores.base - 1:+.0%}")
-    console.print()
+    console.print(f"\nHeld-out perplexity{on} (lower is better)")
     console.print(table)
 
 
@@ -420,11 +420,12 @@ def _show_replies(client: Client, training_id: str, console: Console) -> None:
         # All at once: the service answers them in one batch over one base model.
         base = [asking.submit(client.generate, question, "base") for question in QUESTIONS]
         voice = [asking.submit(client.generate, question, training_id) for question in QUESTIONS]
-    table = Table(title="The same questions to both", title_justify="left", show_lines=True)
+    table = Table(show_lines=True)
     for heading in ("question", "base", "new voice"):
         table.add_column(heading, ratio=1 if heading == "question" else 2, overflow="fold")
     for question, plain, learned in zip(QUESTIONS, base, voice, strict=True):
         table.add_row(Text(question), Text(plain.result()), Text(learned.result()))
+    console.print("The same questions to both")
     console.print(table)
 
 
