@@ -1,0 +1,48 @@
+"""From stored conversations to what is trained on and what is held out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from repertory.data.conversations import Conversation
+
+MAX_HELD_OUT = 200  # conversations; scoring more costs time and says little more
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of the conversations: a conversation is wholly trained on or wholly held out."""
+
+    training: list[int]
+    held_out: list[int]
+
+
+def split(conversations: Sequence[Conversation], share: float, seed: int) -> Split:
+    """Hold out `share` of the conversations: the latest where all have a time, since the future is what a voice meets.
+
+    Otherwise they are drawn. At least one is held out where there are two, at least 10 where there are 100, at most
+    MAX_HELD_OUT, and none where `share` is 0 or there is a single conversation.
+    """
+    count = len(conversations)
+    if share == 0 or count < 2:
+        return Split(list(range(count)), [])
+    wanted = max(round(count * share), min(10, count // 10), 1)
+    wanted = min(wanted, MAX_HELD_OUT, count - 1)
+    times = [conversation.timestamp for conversation in conversations]
+    known: list[datetime] = [time for time in times if time is not None]
+    order = list(range(count))
+    if len(known) == count:
+        order.sort(key=lambda at: (known[at], at))
+    else:
+        random.Random(seed).shuffle(order)
+    return Split(sorted(order[:-wanted]), sorted(order[-wanted:]))
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """A stored dataset: JSON lines, one Conversation each, validated when they were stored."""
+    with path.open(encoding="utf-8") as lines:
+        return [Conversation.model_validate_json(line) for line in lines]

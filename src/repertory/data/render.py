@@ -1,0 +1,282 @@
+"""Messages to tokens, for training and for serving: the one place that knows chat templates.
+
+A template is rendered with opaque marks where the messages' words will stand, so that words are never taken for
+template: special tokens that someone types stay text. The words and the template's text between two special tokens are
+tokenized together, as the base model saw them when it was made; only before an assistant's words is a seam forced,
+because there the prompt ends at serving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from repertory.data.conversations import Message
+from repertory.errors import BaseModelUnavailable, InvalidInput
+
+NO_LABEL = -100  # a position without loss, as everywhere in this field
+
+# For base models without a chat template (they were never taught to chat): plain words that any tokenizer knows.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as tokens. labels[i] is input_ids[i] where it is trained, else NO_LABEL."""
+
+    input_ids: list[int]
+    labels: list[int]
+    dropped_messages: int = 0  # oldest ones, left out to fit into max_tokens
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(label != NO_LABEL for label in self.labels)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of the rendered text: a special token, text of the template, or somebody's words."""
+
+    text: str
+    special: int | None = None  # token id
+    is_reply: bool = False  # an assistant's words
+
+
+_EXCHANGE = [Message(role="user", content="u"), Message(role="assistant", content="a")]
+
+
+def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:
+    """`messages` without more and more of the oldest, cut where a user begins; a leading system message stays."""
+    system = messages[:1] if messages[0].role == "system" else []
+    starts = [at for at, m in enumerate(messages) if m.role == "user" and at > len(system)]
+    is_answered = messages[-1].role == "assistant"
+    return [[*system, *messages[at:]] for at in starts if not is_answered or at < len(messages) - 1]
+
+
+class Renderer:
+    """Chat rendering for one tokenizer. Raises BaseModelUnavailable where its template cannot be used."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template: str = tokenizer.chat_template or DEFAULT_TEMPLATE
+        added = tokenizer.added_tokens_decoder
+        self._special_ids: dict[str, int] = {token.content: at for at, token in added.items() if token.special}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.begins_with_space = self._begins_with_space()
+        self.takes_system = self._renders([Message(role="system", content="s"), Message(role="user", content="u")], "s")
+        self.takes_turns_only = not self._renders(
+            [Message(role="user", content="u"), Message(role="user", content="v")], "v"
+        )
+        self._prompt_ends_bare = self._find_seam()
+        self.turn_end = self._find_turn_end()
+
+    @property
+    def template_sha256(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    # Serving
+
+    def prompt(self, messages: Sequence[Message], max_tokens: int | None = None) -> tuple[list[int], int]:
+        """Tokens up to where the assistant speaks, and how many of the oldest messages were dropped to fit.
+
+        The last user message and a leading system message are never dropped: InvalidInput if they alone are too long.
+        """
+
+        def tokens(kept: Sequence[Message]) -> list[int]:
+            return self._tokens(self._pieces(kept, generation_prompt=True))[0]
+
+        ids = tokens(messages)
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids, 0
+        shortened = _shortened(messages)
+        fitting = bisect_left(shortened, True, key=lambda kept: len(tokens(kept)) <= max_tokens)
+        if fitting == len(shortened):
+            raise InvalidInput(
+                f"the prompt has {len(tokens(shortened[-1]))} tokens; {max_tokens} fit beside the reply",
+                code="prompt_too_long",
+                cure="Shorten the message or the system prompt, or ask for fewer max_tokens.",
+                param="message",
+            )
+        return tokens(shortened[fitting]), len(messages) - len(shortened[fitting])
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a reply: the turn end of the template and the tokenizer's end of sequence."""
+        return {self.turn_end} | ({self.tokenizer.eos_token_id} if self.tokenizer.eos_token_id is not None else set())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; a character that is not whole yet ends in U+FFFD."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+
+    # Training
+
+    def row(self, messages: Sequence[Message], max_tokens: int | None = None) -> Row | None:
+        """A conversation with a label on every assistant's words and on the token that ends its turn.
+
+        Messages after the last assistant turn are left out: nobody answers them. Too long for `max_tokens`: the oldest
+        messages are dropped, never a leading system message, the last assistant turn or what it answers; None if that
+        does not suffice.
+        """
+        answered = len(messages) - next(at for at, m in enumerate(reversed(messages)) if m.role == "assistant")
+        whole = messages[:answered]
+        candidates = [whole, *_shortened(whole)]
+
+        def tokens(kept: Sequence[Message]) -> tuple[list[int], list[int]]:
+            return self._tokens(self._pieces(kept, generation_prompt=False))
+
+        fitting = bisect_left(
+            candidates, True, key=lambda kept: max_tokens is None or len(tokens(kept)[0]) <= max_tokens
+        )
+        if fitting == len(candidates):
+            return None
+        return Row(*tokens(candidates[fitting]), dropped_messages=answered - len(candidates[fitting]))
+
+    # The template
+
+    def _find_turn_end(self) -> int:
+        """Id of the token that ends an assistant's turn."""
+        pieces = self._pieces(_EXCHANGE, generation_prompt=False)
+        words = next(at for at, piece in enumerate(pieces) if piece.is_reply)
+        for piece in pieces[words + 1 :]:
+            if piece.special is not None:
+                return piece.special
+        raise BaseModelUnavailable(
+            "the chat template ends an assistant's turn with no special token, so a reply would never stop",
+            code="unsupported_template",
+            cure="Choose another base model, or give this one a chat template that writes eos_token after the turn.",
+        )
+
+    def _find_seam(self) -> bool:
+        """Whether the prompt ends without the white space that the template writes before an assistant's words."""
+        prompt = "".join(piece.text for piece in self._pieces(_EXCHANGE[:1], generation_prompt=True))
+        pieces = self._pieces(_EXCHANGE, generation_prompt=False)
+        words = next(at for at, piece in enumerate(pieces) if piece.is_reply)
+        header = "".join(piece.text for piece in pieces[:words])
+        if header != prompt and header.rstrip() != prompt:
+            raise BaseModelUnavailable(
+                f"the chat template writes {header!r} before a reply it was given, but ends a prompt with {prompt!r}",
+                code="unsupported_template",
+                cure="Choose another base model, or correct its chat template's add_generation_prompt.",
+            )
+        return header != prompt
+
+    def _pieces(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[_Piece]:
+        messages = self._fitted(messages)
+        nonce = secrets.token_hex(8)
+        marks = [f"\ue000{nonce}{at}\ue001" for at in range(len(messages))]
+        text = self._render(
+            [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)], generation_prompt
+        )
+        pieces: list[_Piece] = []
+        for at, part in enumerate(re.split(f"\ue000{nonce}(\\d+)\ue001", text)):
+            if at % 2:  # the number in a mark
+                message = messages[int(part)]
+                pieces.append(_Piece(message.content.strip(), is_reply=message.role == "assistant"))
+            else:
+                pieces += self._template_pieces(part)
+        return pieces
+
+    def _template_pieces(self, text: str) -> list[_Piece]:
+        pieces, end = [], 0
+        for found in self._special_pattern.finditer(text):
+            pieces.append(_Piece(text[end : found.start()]))
+            pieces.append(_Piece(found.group(), special=self._special_ids[found.group()]))
+            end = found.end()
+        pieces.append(_Piece(text[end:]))
+        return [piece for piece in pieces if piece.text]
+
+    def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+        """transformers renders in a sandbox that a template cannot leave."""
+        return self.tokenizer.apply_chat_template(  # type: ignore[no-any-return]
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=False,  # of reasoning models; others ignore it
+        )
+
+    def _fitted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages in a form that the template takes, with the same words in the same order."""
+        fitted = list(messages)
+        if fitted and fitted[0].role == "system" and not self.takes_system:
+            system, *rest = fitted
+            if rest and rest[0].role == "user":
+                rest[0] = Message(role="user", content=f"{system.content}\n\n{rest[0].content}")
+            else:
+                rest.insert(0, Message(role="user", content=system.content))
+            fitted = rest
+        if not self.takes_turns_only:
+            return fitted
+        turns: list[Message] = []
+        for message in fitted:
+            if turns and turns[-1].role == message.role:
+                turns[-1] = Message(role=message.role, content=f"{turns[-1].content}\n{message.content}")
+            else:
+                turns.append(message)
+        spoken = 1 if turns and turns[0].role == "system" else 0
+        if len(turns) > spoken and turns[spoken].role == "assistant":
+            turns.insert(spoken, Message(role="user", content="..."))  # such templates want the user to begin
+        return turns
+
+    def _renders(self, messages: list[Message], word: str) -> bool:
+        """Whether the template takes these messages and shows `word`."""
+        marked = [{"role": m.role, "content": f"\ue000{m.content}\ue001"} for m in messages]
+        try:
+            return f"\ue000{word}\ue001" in self._render(marked, False)
+        except TemplateError:
+            return False
+
+    # Tokens
+
+    def _tokens(self, pieces: list[_Piece]) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of the pieces."""
+        ids: list[int] = []
+        labels: list[int] = []
+        run = ""
+        is_trained = False
+        for piece in pieces:
+            if piece.special is not None:
+                self._append(run, is_trained, ids, labels)
+                ids.append(piece.special)
+                labels.append(piece.special if is_trained else NO_LABEL)  # the turn end is trained, and ends training
+                run, is_trained = "", False
+            elif piece.is_reply:
+                # White space that the template writes before the words belongs to them: the prompt ends before it.
+                header = run.rstrip() if self._prompt_ends_bare else run
+                self._append(header, False, ids, labels)
+                run, is_trained = run[len(header) :] + piece.text, True
+            else:
+                run += piece.text
+        self._append(run, is_trained, ids, labels)
+        return ids, labels
+
+    def _append(self, text: str, is_trained: bool, ids: list[int], labels: list[int]) -> None:
+        if self.begins_with_space and text.startswith(" ") and ids:
+            text = text[1:]  # the tokenizer puts a space before every text by itself
+        if not text:
+            return
+        # split_special_tokens: no word that someone typed becomes a control token
+        new: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids += new
+        labels += new if is_trained else [NO_LABEL] * len(new)
+
+    def _begins_with_space(self) -> bool:
+        """SentencePiece habits: a text is tokenized as if a space stood before it."""
+        ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return bool(ids) and self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")

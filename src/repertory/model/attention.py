@@ -1,0 +1,296 @@
+"""Attention over packed tokens, for any model that goes through transformers' attention interface.
+
+Every forward pass here, in training and in serving, runs over one flat row of N tokens, (1, N), that belong to several
+sequences. Everything in a transformer but attention works on each token alone, so no padding is ever computed; only
+this function knows which token may see which. What it knows is a layout, in force for one forward pass (and, for
+gradient checkpointing, its backward):
+
+    PackedRows   training and scoring: an optional shared prefix, then the rows that continue it
+    CachedRows   serving: each sequence's new tokens continue what its row of a KVCache holds
+
+Shapes: H query heads, G key/value heads, D head size, P prefix tokens, R rows, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "repertory"
+
+
+class Layout(Protocol):
+    """Who may see whom in one forward pass."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        """query (1, H, N, D), key and value (1, G, N, D) -> (1, H, N, D)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How one layer turns queries and keys into weights."""
+
+    scale: float
+    window: int | None = None  # a token sees this many tokens, itself included
+    softcap: float | None = None
+
+
+# A plain global, not a ContextVar: on CUDA the recomputation of gradient checkpointing runs on autograd's own threads.
+# A host has one device and one thread that drives it.
+_layout: Layout | None = None
+
+
+@contextmanager
+def layout_in_force(layout: Layout) -> Iterator[None]:
+    global _layout
+    _layout = layout
+    try:
+        yield
+    finally:
+        _layout = None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function that the model's attention layers call. Returns (1, N, H, D)."""
+    assert _layout is not None, "a forward pass outside layout_in_force"
+    how = Scoring(
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
+    )
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return _layout.attend(layer, query, key, value, how).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Tokens [prefix | row 1 | row 2 | ...]: each row continues the prefix and sees neither the other rows nor padding.
+
+    The prefix is computed once, with gradient, however many rows share it.
+    """
+
+    prefix: int  # tokens, may be 0
+    lengths: tuple[int, ...]  # tokens of each row after the prefix, each > 0
+    device: torch.device
+
+    @property
+    def token_count(self) -> int:
+        return self.prefix + sum(self.lengths)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,) position of each token in its own sequence."""
+        spans = [torch.arange(self.prefix), *(torch.arange(self.prefix, self.prefix + n) for n in self.lengths)]
+        return torch.cat(spans).to(self.device)
+
+    @cached_property
+    def _scatter(self) -> Tensor:
+        """(R, T) index of each row's tokens among the tokens after the prefix; past its end a row repeats its last."""
+        longest = max(self.lengths)
+        rows, first = [], 0
+        for length in self.lengths:
+            rows.append(first + torch.arange(longest).clamp(max=length - 1))
+            first += length
+        return torch.stack(rows).to(self.device)
+
+    @cached_property
+    def _gather(self) -> Tensor:
+        """(N - P,) index of each token after the prefix in the flattened (R, T)."""
+        longest = max(self.lengths)
+        spans = [row * longest + torch.arange(length) for row, length in enumerate(self.lengths)]
+        return torch.cat(spans).to(self.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        group = query.shape[1] // key.shape[1]
+        if not self.lengths:
+            return _causal(query, key, value, group, how)
+        P, R, T = self.prefix, len(self.lengths), max(self.lengths)
+        if R == 1:  # a single row is the prefix's plain continuation
+            return _causal(query, key, value, group, how)
+
+        def rows(packed: Tensor) -> Tensor:  # (1, heads, N - P, D) -> (R, heads, T, D)
+            return packed[0, :, P:][:, self._scatter].transpose(0, 1)
+
+        def with_prefix(packed: Tensor) -> Tensor:  # (1, G, N, D) -> (R, G, P + T, D)
+            return torch.cat((packed[:, :, :P].expand(R, -1, -1, -1), rows(packed)), dim=2) if P else rows(packed)
+
+        mask = causal_mask(T, P + T, how.window, self.device)
+        seen = scaled_dot_product(rows(query), with_prefix(key), with_prefix(value), group, mask, how)
+        after = seen.transpose(1, 2).flatten(0, 1)[self._gather].transpose(0, 1)[None]  # (1, H, N - P, D)
+        if not P:
+            return after
+        before = _causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], group, how)
+        return torch.cat((before, after), dim=2)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring) -> Tensor:
+    T = query.shape[2]
+    if how.softcap is None and (how.window is None or how.window >= T):
+        key, value = _repeated(key, group), _repeated(value, group)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale)
+    return scaled_dot_product(query, key, value, group, causal_mask(T, T, how.window, query.device), how)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys), True where the query may look; the last query stands at the last key."""
+    query_at = torch.arange(keys - queries, keys, device=device)[:, None]
+    key_at = torch.arange(keys, device=device)[None]
+    mask = key_at <= query_at
+    return mask if window is None else mask & (query_at - key_at < window)
+
+
+def scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, group: int, mask: Tensor | None, how: Scoring
+) -> Tensor:
+    """query (R, H, T, D), key and value (R, G, S, D), mask broadcastable to (R, H, T, S) -> (R, H, T, D)."""
+    key, value = _repeated(key, group), _repeated(value, group)
+    if how.softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how.scale)
+    scores = query @ key.transpose(-1, -2) * how.scale
+    scores = torch.tanh(scores / how.softcap) * how.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _repeated(heads: Tensor, group: int) -> Tensor:
+    """(R, G, S, D) -> (R, G * group, S, D)."""
+    return heads if group == 1 else heads.repeat_interleave(group, dim=1)
+
+
+class KVCache:
+    """Keys and values of the sequences in flight: per layer (rows, G, capacity, D), grown by doubling.
+
+    The rows that decode are kept at the front, so that a step reads them as one view, without a copy.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.rows = 1
+        self.capacity = 256  # tokens
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for `rows` sequences of up to `tokens` tokens; what is held stays."""
+        self.rows, self.capacity = _doubled(self.rows, rows), _doubled(self.capacity, tokens)
+        for pool in (self.keys, self.values):
+            for layer, held in enumerate(pool):
+                if held is not None and (held.shape[0], held.shape[2]) != (self.rows, self.capacity):
+                    grown = held.new_zeros(self.rows, held.shape[1], self.capacity, held.shape[3])
+                    grown[: held.shape[0], :, : held.shape[2]] = held
+                    pool[layer] = grown
+
+    def bytes_if(self, rows: int, tokens: int, bytes_per_token: int) -> int:
+        """Memory it would take after `reserve(rows, tokens)`."""
+        return _doubled(self.rows, rows) * _doubled(self.capacity, tokens) * bytes_per_token
+
+    def clear(self) -> None:
+        """Give the memory back; call when no sequence is in flight."""
+        self.__init__(len(self.keys))  # type: ignore[misc]
+
+    def swap(self, one: int, other: int, tokens: int) -> None:
+        """Exchange two rows, of which at most the first `tokens` tokens matter."""
+        if one == other:
+            return
+        for held in (*self.keys, *self.values):
+            if held is not None:
+                kept = held[one, :, :tokens].clone()
+                held[one, :, :tokens] = held[other, :, :tokens]
+                held[other, :, :tokens] = kept
+
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[index], self.values[index]
+        if keys is None or values is None:
+            keys = like.new_zeros(self.rows, like.shape[1], self.capacity, like.shape[3])
+            values = torch.zeros_like(keys)
+            self.keys[index], self.values[index] = keys, values
+        return keys, values
+
+
+def _doubled(have: int, need: int) -> int:
+    while have < need:
+        have *= 2
+    return have
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Tokens [one of each decoding row 0..n-1 | a chunk of row n's prompt]: each continues its row of the cache."""
+
+    cache: KVCache
+    pasts: tuple[int, ...]  # tokens that each decoding row holds already
+    chunk: tuple[int, int] | None  # of row n: (tokens held already, tokens now)
+    device: torch.device
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,)"""
+        spans = [torch.tensor(self.pasts, dtype=torch.long)]
+        if self.chunk:
+            spans.append(torch.arange(self.chunk[0], self.chunk[0] + self.chunk[1]))
+        return torch.cat(spans).to(self.device)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.pasts), device=self.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        n, group = len(self.pasts), query.shape[1] // key.shape[1]
+        keys, values = self.cache.layer(layer, key)
+        parts = []
+        if n:
+            at = self.positions[:n]
+            keys[self._rows, :, at] = key[0, :, :n].transpose(0, 1)
+            values[self._rows, :, at] = value[0, :, :n].transpose(0, 1)
+            parts.append(self._decode(query[0, :, :n], keys, values, group, how))
+        if self.chunk:
+            past, now = self.chunk
+            end = past + now
+            keys[n, :, past:end] = key[0, :, n:]
+            values[n, :, past:end] = value[0, :, n:]
+            mask = causal_mask(now, end, how.window, self.device)
+            held = (keys[n : n + 1, :, :end], values[n : n + 1, :, :end])
+            parts.append(scaled_dot_product(query[:, :, n:], *held, group, mask, how))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        """(n, 1, 1, S), True where the row holds a token."""
+        longest = max(self.pasts) + 1
+        return (torch.arange(longest, device=self.device)[None] <= self.positions[: len(self.pasts), None])[
+            :, None, None
+        ]
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, group: int, how: Scoring) -> Tensor:
+        """query (H, n, D) against the first n rows -> (1, H, n, D)."""
+        H, n, D = query.shape
+        longest = max(self.pasts) + 1
+        mask = self._seen
+        if how.window is not None and longest > how.window:
+            age = self.positions[:n, None] - torch.arange(longest, device=self.device)[None]
+            mask = mask & (age < how.window)[:, None, None]
+        # The query heads that share a key head stand where the tokens would, so nothing is repeated.
+        grouped = query.transpose(0, 1).reshape(n, H // group, group, D)
+        seen = scaled_dot_product(grouped, keys[:n, :, :longest], values[:n, :, :longest], 1, mask, how)
+        return seen.reshape(n, H, D).transpose(0, 1)[None]

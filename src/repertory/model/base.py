@@ -1,0 +1,314 @@
+"""The base model: one frozen causal language model, its tokenizer and its device, shared by every voice."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from repertory.contracts import BUNDLED_MODEL, BaseKey, Device
+from repertory.data.render import Renderer
+from repertory.errors import BaseModelUnavailable, InsufficientMemory
+from repertory.model import bundled
+from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
+from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
+from repertory.settings import Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.0, "4bit": 0.52}  # NF4, doubly quantized scales
+TESTED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma 2 and 3, Phi, GPT-NeoX, GPT-2 and OPT"
+
+
+def detect_device() -> Device:
+    if torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        return Device(
+            kind="cuda",
+            name=facts.name,
+            count=torch.cuda.device_count(),
+            memory_bytes=facts.total_memory,
+            has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        )
+    able = torch.cpu.get_capabilities()
+    return Device(
+        kind="cpu",
+        name=str(able.get("cpu_name", "CPU")),
+        memory_bytes=psutil.virtual_memory().total,
+        has_bf16=bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")),
+    )
+
+
+@dataclass
+class Base:
+    """One base model on one device. Every forward pass goes through `passing`, `hidden` and `logits`."""
+
+    key: BaseKey
+    device: torch.device
+    dtype: torch.dtype  # of the activations, and of the weights where they are not quantized
+    model: nn.Module
+    body: nn.Module  # everything but the output embeddings
+    layers: dict[str, LoraLinear]
+    router: Router
+    renderer: Renderer
+    max_positions: int
+    has_conv1d: bool
+
+    @contextmanager
+    def passing(self, layout: Layout, routing: Routing | None) -> Iterator[None]:
+        """What a forward pass needs to know; hold it around the backward pass too, which may recompute blocks."""
+        with layout_in_force(layout), self.router.through(routing):
+            yield
+
+    def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states (N, hidden_size) of packed tokens `ids` (N,) at `positions` (N,), inside `passing`."""
+        out = self.body(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, hidden_size) -> (M, vocabulary) in fp32, with the post-processing that some families have."""
+        config: Any = self.model.config
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        logits: Tensor = head(hidden).float()
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if softcap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
+
+    @property
+    def layer_count(self) -> int:
+        return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the base model as published: quantized weights are packed, so they cannot be counted by numel."""
+        counted = 0
+        for name, weight in self.model.named_parameters():
+            layer = self.layers.get(name.removesuffix(".base.weight"))
+            counted += math.prod(layer.shape) if layer is not None else weight.numel()
+        return counted
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of keys and values of one token in all layers."""
+        config: Any = self.model.config
+        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * self.layer_count * key_heads * head_size * self.dtype.itemsize
+
+    def kv_cache(self) -> KVCache:
+        return KVCache(self.layer_count)
+
+
+def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Callable[[str], None]) -> Base:
+    """Load base model `name` as `key` says. `say` is told what is going on.
+
+    Raises BaseModelUnavailable or InsufficientMemory.
+    """
+    folder = locate(name, settings, say)
+    say(f"loading {name} ({_precision(key)}) on {device.name}")
+    _check_memory(folder, key, device, settings)
+    torch_device = torch.device("cuda", 0) if device.kind == "cuda" else torch.device("cpu")
+    dtype = DTYPES[key.dtype]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": torch_device},
+            quantization_config=_quantization(key, settings),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the base is frozen; only the adapter has dropout
+    body, blocks, prefix = _parts(model, name)
+    router = Router()
+    layers = wrap_linear_layers(blocks, prefix, router)
+    base = Base(
+        key=key,
+        device=torch_device,
+        dtype=dtype,
+        model=model,
+        body=body,
+        layers=layers,
+        router=router,
+        renderer=Renderer(tokenizer),
+        max_positions=int(getattr(model.config, "max_position_embeddings", 0) or 2048),
+        has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
+    )
+    _check_forward(base, name)
+    return base
+
+
+def locate(name: str, settings: Settings, say: Callable[[str], None]) -> Path:
+    """The local folder of base model `name`: in the cache, or brought there. Raises BaseModelUnavailable."""
+    cache = settings.model_cache_dir.resolve()
+    folder = (cache / name).resolve()
+    if not folder.is_relative_to(cache):
+        raise BaseModelUnavailable(f"the base model {name} lies outside the model cache", code="base_model_not_allowed")
+    if name == BUNDLED_MODEL:
+        bundled.provide(folder, say)
+    if not (folder / "config.json").is_file():
+        folder = _download(name, cache, settings, say)
+    if not any(folder.glob("*.safetensors")):
+        raise BaseModelUnavailable(
+            f"the base model {name} has no .safetensors weights; other formats can run code and are not loaded",
+            code="unsafe_weights",
+            cure="Choose a model that is published in safetensors, or convert it once with transformers.",
+        )
+    return folder
+
+
+def _download(name: str, cache: Path, settings: Settings, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise BaseModelUnavailable(
+            f"there is no base model folder {name} in the model cache, and it is no hub name (owner/model)",
+            cure="Use owner/model as on the hub, or put the model's folder into MODEL_CACHE_DIR.",
+        )
+    say(f"downloading {name}")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(name, cache_dir=cache / "hub", token=settings.huggingface_token, allow_patterns=wanted)
+        )
+    except GatedRepoError as error:
+        raise BaseModelUnavailable(
+            f"{name} is gated on the hub and the access was refused",
+            cure="Accept its licence on the model's page and set HUGGINGFACE_TOKEN, or use an open base model.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseModelUnavailable(
+            f"the hub has no model {name}, or it is private",
+            cure="Check the spelling; for a private model set HUGGINGFACE_TOKEN.",
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BaseModelUnavailable(
+            f"{name} is not in the model cache and could not be downloaded: {_first_line(error)}",
+            cure="Check the network (or HUGGINGFACE_TOKEN), copy the model's folder to "
+            f"MODEL_CACHE_DIR/{name}, or leave base_model out to use the default.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _precision(key: BaseKey) -> str:
+    return key.dtype if key.quantization == "none" else f"{key.quantization}, computing in {key.dtype}"
+
+
+def _quantization(key: BaseKey, settings: Settings) -> BitsAndBytesConfig | None:
+    if key.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if key.quantization == "4bit":
+        compute = settings.bnb_4bit_compute_dtype
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.bnb_4bit_quant_type or "nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[short.get(compute, compute) if compute else key.dtype],
+        )
+    return None
+
+
+def _check_memory(folder: Path, key: BaseKey, device: Device, settings: Settings) -> None:
+    """Refuse a base model that cannot fit, before half of it is loaded."""
+    needed = weight_count(folder) * BYTES_PER_WEIGHT[key.dtype if key.quantization == "none" else key.quantization]
+    if device.kind == "cuda":
+        free = float(torch.cuda.mem_get_info(0)[0])
+    else:
+        free = float(psutil.virtual_memory().available)
+    if settings.max_gpu_memory_gb is not None:
+        free = min(free, settings.max_gpu_memory_gb * 2**30)
+    if needed > free:
+        raise InsufficientMemory(
+            f"the base model needs about {needed / 2**30:.1f} GiB as {_precision(key)}; "
+            f"{device.name} has {free / 2**30:.1f} GiB free"
+        )
+
+
+def weight_count(folder: Path) -> int:
+    """Number of weights in the folder's safetensors files, read from their headers."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
+
+
+def _parts(model: Any, name: str) -> tuple[nn.Module, nn.ModuleList, str]:
+    """The model without its output embeddings, its blocks, and the blocks' name in the model."""
+    body: nn.Module = model.base_model
+    count = getattr(model.config, "num_hidden_layers", None)
+    for found, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return body, module, found
+    raise _unsupported(name, "its blocks were not found")
+
+
+def _unsupported(name: str, why: str) -> BaseModelUnavailable:
+    return BaseModelUnavailable(
+        f"the architecture of {name} is not supported: {why}",
+        code="unsupported_architecture",
+        cure=f"Choose a base model of one of the tested families: {TESTED}.",
+    )
+
+
+@torch.inference_mode()
+def _check_forward(base: Base, name: str) -> None:
+    """Compare our packed and cached forward passes with the model's own: whoever computes otherwise is refused here.
+
+    Two rows of 12 tokens share a prefix of 8; the second one's last token is then decoded from the cache. A family
+    with another kind of attention would be wrong in every reply, silently.
+    """
+    vocabulary = int(base.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    ids = torch.randint(0, vocabulary, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
+    row = torch.cat((ids[:8], ids[12:]))
+    base.model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        expected = base.model(input_ids=row[None], use_cache=False).logits[0, -1].float()
+    finally:
+        base.model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+    packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
+    cache = base.kv_cache()
+    first = CachedRows(cache=cache, pasts=(), chunk=(0, 11), device=base.device)
+    last = CachedRows(cache=cache, pasts=(11,), chunk=None, device=base.device)
+    try:
+        with base.passing(packed, None):
+            from_packed = base.logits(base.hidden(ids, packed.positions)[-1:])[0]
+        with base.passing(first, None):
+            base.hidden(row[:-1], first.positions)
+        with base.passing(last, None):
+            from_cache = base.logits(base.hidden(row[-1:], last.positions))[0]
+    except (AssertionError, RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise _unsupported(name, f"the forward pass over packed rows fails ({_first_line(error)})") from error
+    # 4-bit and 8-bit products and bf16 round differently from shape to shape; a wrong mask or position is far beyond.
+    allowed = 1e-3 if base.key.dtype == "fp32" and base.key.quantization == "none" else 0.1
+    for how, logits in (("packed", from_packed), ("cached", from_cache)):
+        error_ratio = ((logits - expected).norm() / expected.norm()).item()
+        if not error_ratio < allowed:
+            raise _unsupported(name, f"{how} logits differ from the model's own by {error_ratio:.2g} of their norm")

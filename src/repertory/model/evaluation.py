@@ -1,0 +1,142 @@
+"""What a voice is worth: how well it predicts its person's words, and what it says, beside the bare base.
+
+Everything here works in small portions: a generator that yields between two forward passes, so that live requests
+never wait longer than for one of them, and that returns its result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+
+from repertory.contracts import GenerateRequest, Message, TestPrompt, TestResponse, TokenChunk
+from repertory.data.conversations import Conversation
+from repertory.data.render import Row
+from repertory.errors import RepertoryError
+from repertory.model.base import Base
+from repertory.model.engine import Engine
+from repertory.model.lora import Adapter, Training
+from repertory.model.microbatch import MicroBatch, common_prefix, grouped
+from repertory.model.scheduler import Sequence as EngineSequence
+
+REPLY_TOKENS = 64
+TEST_PROMPTS = 3
+SCORING_TOKENS = 512  # after the shared prefix, per forward pass without gradient
+
+Portions = Generator[None, None, "Score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Negative log-likelihood of trained tokens, in nats, row by row."""
+
+    row_nll: list[float]
+    row_tokens: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.row_tokens)
+
+    @property
+    def mean_nll(self) -> float:
+        return sum(self.row_nll) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.mean_nll, 700.0))  # e^709 is the largest double
+
+
+def gain_and_error(voice: Score, other: Score) -> tuple[float, float]:
+    """Mean over the rows of how much better `voice` does, in nats a token, and its standard error (inf for one row)."""
+    gains = [(o - v) / n for v, o, n in zip(voice.row_nll, other.row_nll, voice.row_tokens, strict=True)]
+    return fmean(gains), (stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.inf)
+
+
+def score(base: Base, rows: Sequence[Row], adapter: Adapter | None) -> Portions:
+    """Score `rows` with `adapter` or with the bare base."""
+    row_nll = [0.0] * len(rows)
+    prefix = common_prefix(rows)
+    routing = None if adapter is None else Training(adapter)
+    for group in grouped(rows, range(len(rows)), max(SCORING_TOKENS, prefix), prefix):
+        batch = MicroBatch.of([rows[at] for at in group], base.device)
+        with torch.inference_mode(), base.passing(batch.layout, routing):
+            nll = batch.nll(base, routing)
+        for at, token_nll in zip(batch.row_of_target.tolist(), nll.tolist(), strict=True):
+            row_nll[group[at]] += token_nll
+        yield
+    return Score(row_nll, [row.trained_tokens for row in rows])
+
+
+def replies(
+    engine: Engine,
+    org_id: str,
+    prompts: Sequence[TestPrompt],
+    voice: Adapter,
+    system_prompt: str | None,
+) -> Generator[None, None, list[TestResponse]]:
+    """The replies of the voice and of the base to each prompt, greedy, all in one batch of the engine."""
+    collected: list[_Reply] = []
+    for prompt in prompts:
+        for adapter in (voice, None):
+            reply = _Reply()
+            request = GenerateRequest(
+                request_id="evaluation",
+                org_id=org_id,
+                adapter=None,
+                messages=[Message(role="user", content=prompt.instruction)],
+                temperature=0,
+                top_p=1,
+                top_k=0,
+                max_tokens=min(REPLY_TOKENS, engine.base.max_positions // 4),
+            )
+            reply.sequence = engine.sequence(request, adapter, system_prompt, reply.take)
+            collected.append(reply)
+    try:
+        for reply in collected:
+            engine.submit(reply.sequence)
+        while not all(reply.is_whole for reply in collected):
+            yield
+    finally:  # also where the evaluation is given up
+        for reply in collected:
+            if not reply.is_whole:
+                engine.cancel(reply.sequence)
+    return [
+        TestResponse(
+            instruction=prompt.instruction,
+            generated_response=of_voice.text,
+            base_response=of_base.text,
+            expected_response=prompt.expected_response,
+        )
+        for prompt, of_voice, of_base in zip(prompts, collected[::2], collected[1::2], strict=True)
+    ]
+
+
+def prompts_from(conversations: Sequence[Conversation]) -> list[TestPrompt]:
+    """Questions to ask: how the first few conversations begin, and what the person really answered."""
+    prompts = []
+    for conversation in conversations[:TEST_PROMPTS]:
+        for asked, answered in zip(conversation.messages, conversation.messages[1:], strict=False):
+            if asked.role == "user" and answered.role == "assistant":
+                prompts.append(TestPrompt(instruction=asked.content[:2000], expected_response=answered.content))
+                break
+    return prompts
+
+
+class _Reply:
+    """Collects what the engine tells of one sequence."""
+
+    sequence: EngineSequence
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.is_whole = False
+
+    def take(self, chunk: TokenChunk) -> None:
+        if chunk.error is not None:
+            raise RepertoryError.from_info(chunk.error)
+        self.text += chunk.text
+        self.is_whole = chunk.finish_reason is not None

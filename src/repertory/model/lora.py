@@ -1,0 +1,338 @@
+"""LoRA: low-rank corrections of the base model's linear layers, in PEFT's file format.
+
+The method is https://arxiv.org/abs/2106.09685. The base model is wrapped once: each linear layer of its blocks becomes
+a LoraLinear, which by itself changes nothing. Which correction applies to which token is decided for one forward pass
+at a time by a routing:
+
+    Training    one adapter for all tokens, with gradient and dropout
+    Serving     spans of tokens, each with the adapter of its voice, or with none
+
+Shapes: N tokens, r rank, in_features and out_features of the layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from repertory.errors import InvalidInput, RepertoryError
+from repertory.manifest import write_durably
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class Routing(Protocol):
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Correct `y`, the output of layer `name` for `x`: (..., in_features), (..., out_features)."""
+        ...
+
+
+@dataclass
+class Router:
+    """Holds the routing of the forward pass in progress; shared by all layers of one base model."""
+
+    routing: Routing | None = None
+
+    @contextmanager
+    def through(self, routing: Routing | None) -> Iterator[None]:
+        self.routing = routing
+        try:
+            yield
+        finally:
+            self.routing = None
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer whose output the routing in force may correct."""
+
+    def __init__(self, base: nn.Module, name: str, router: Router) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.router = router
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in_features, out_features)"""
+        if isinstance(self.base, Conv1D):
+            return self.base.nx, self.base.nf
+        return self.base.in_features, self.base.out_features  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        routing = self.router.routing
+        return y if routing is None else routing.add(self.name, x, y)
+
+
+def wrap_linear_layers(blocks: nn.ModuleList, prefix: str, router: Router) -> dict[str, LoraLinear]:
+    """Replace every linear layer inside `blocks` by a LoraLinear. Keyed by the layer's name in the model.
+
+    A mixture of experts is corrected in its attention alone: its router must not move, and its experts are no
+    linear layers but one tensor each.
+    """
+    wrapped = {}
+    for parent_name, parent in list(blocks.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            is_linear = isinstance(child, nn.Linear | Conv1D)  # bitsandbytes' layers are nn.Linear too
+            if is_linear and not ("Router" in type(parent).__name__ or hasattr(parent, "experts")):
+                name = ".".join(part for part in (prefix, parent_name, child_name) if part)
+                layer = LoraLinear(child, name, router)
+                setattr(parent, child_name, layer)
+                wrapped[name] = layer
+    return wrapped
+
+
+def choose_layers(layers: dict[str, LoraLinear], target_modules: str | list[str]) -> list[str]:
+    """The names of the layers that `target_modules` means. Raises InvalidInput with the valid choices."""
+    short_names = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    if target_modules == "all-linear":
+        return list(layers)
+    wanted = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    wanted = [name.strip() for name in wanted if name.strip()]
+    unknown = [name for name in wanted if name not in short_names]
+    if unknown or not wanted:
+        raise InvalidInput(
+            f"lora_target_modules {unknown or target_modules!r} names no linear layer of this base model",
+            code="unknown_target_module",
+            cure=f"Use all-linear, or some of: {', '.join(short_names)}.",
+            param="hyperparameters.lora_target_modules",
+        )
+    return [name for name in layers if name.rsplit(".", 1)[-1] in wanted]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What PEFT's adapter_config.json says of a plain LoRA adapter."""
+
+    base_model: str
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]  # short names: q_proj, ...
+    fan_in_fan_out: bool = False  # Conv1D layers
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass
+class Adapter:
+    """One voice: for each corrected layer A (r, in_features) and B (out_features, r); y += scaling * x A' B'."""
+
+    config: LoraConfig
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+
+    @staticmethod
+    def fresh(config: LoraConfig, layers: dict[str, LoraLinear], names: Sequence[str], seed: int) -> Adapter:
+        """An adapter that changes nothing yet: A drawn as PEFT draws it (Kaiming uniform), B zero. fp32, trainable."""
+        generator = torch.Generator().manual_seed(seed)
+        A, B = {}, {}
+        for name in names:
+            in_features, out_features = layers[name].shape
+            device = next(layers[name].parameters()).device
+            bound = in_features**-0.5  # kaiming_uniform_ with a = sqrt(5)
+            drawn = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+            A[name] = nn.Parameter(drawn.to(device))
+            B[name] = nn.Parameter(torch.zeros(out_features, config.rank, device=device))
+        return Adapter(config, A, B)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.A.values(), *self.B.values()]
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """A copy to serve from."""
+
+        def moved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: weight.detach().to(device, dtype) for name, weight in weights.items()}
+
+        return Adapter(self.config, moved(self.A), moved(self.B))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors under PEFT's names."""
+        state = {}
+        for name in self.A:
+            state[f"base_model.model.{name}.lora_A.weight"] = self.A[name].detach().cpu().contiguous()
+            state[f"base_model.model.{name}.lora_B.weight"] = self.B[name].detach().cpu().contiguous()
+        return state
+
+    def save(self, folder: Path) -> list[str]:
+        """Write the two files of PEFT's format durably; returns their names."""
+        described = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.config.base_model,
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": self.config.dropout,
+            "target_modules": self.config.target_modules,
+            "fan_in_fan_out": self.config.fan_in_fan_out,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "inference_mode": True,
+            "modules_to_save": None,
+        }
+        write_durably(folder / WEIGHTS, save(self.state_dict(), metadata={"format": "pt"}))
+        write_durably(folder / CONFIG, json.dumps(described, indent=1).encode())
+        return [WEIGHTS, CONFIG]
+
+    @staticmethod
+    def load(folder: Path, layers: dict[str, LoraLinear]) -> Adapter:
+        """Read an adapter in PEFT's format. Raises AdapterUnusable if it does not fit this base model."""
+        try:
+            described = json.loads((folder / CONFIG).read_text())
+            tensors = load_file(folder / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise AdapterUnusable(f"the adapter {folder.name} cannot be read: {error}") from error
+        config = _plain_lora(described, folder.name)
+        A: dict[str, Tensor] = {}
+        B: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+            if name not in layers or kind not in ("A.weight", "B.weight"):
+                raise AdapterUnusable(f"the adapter {folder.name} holds {key}, which this base model has not")
+            in_features, out_features = layers[name].shape
+            expected = (config.rank, in_features) if kind == "A.weight" else (out_features, config.rank)
+            if tuple(tensor.shape) != expected:
+                raise AdapterUnusable(f"{key} of adapter {folder.name} is {tuple(tensor.shape)}, not {expected}")
+            (A if kind == "A.weight" else B)[name] = tensor
+        if A.keys() != B.keys() or not A:
+            raise AdapterUnusable(f"the adapter {folder.name} has layers with only one of lora_A and lora_B")
+        return Adapter(config, {name: A[name] for name in sorted(A)}, {name: B[name] for name in sorted(A)})
+
+
+class AdapterUnusable(RepertoryError):
+    """An adapter's files are damaged or belong to another base model."""
+
+    status = 503
+    code = "adapter_unusable"
+    cure = "Train this version again, or promote another one; the other voices are not affected."
+
+
+def _plain_lora(described: dict[str, object], name: str) -> LoraConfig:
+    for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"):
+        if described.get(option):
+            raise AdapterUnusable(f"the adapter {name} uses {option}, which is not supported")
+    if described.get("peft_type") != "LORA" or described.get("bias", "none") != "none":
+        raise AdapterUnusable(f"the adapter {name} is no plain LoRA adapter")
+    try:
+        targets = described["target_modules"]
+        return LoraConfig(
+            base_model=str(described["base_model_name_or_path"]),
+            rank=int(described["r"]),  # type: ignore[call-overload]
+            alpha=float(described["lora_alpha"]),  # type: ignore[arg-type]
+            dropout=float(described.get("lora_dropout") or 0.0),  # type: ignore[arg-type]
+            target_modules=[targets] if isinstance(targets, str) else sorted(targets),  # type: ignore[call-overload]
+            fan_in_fan_out=bool(described.get("fan_in_fan_out")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterUnusable(f"{CONFIG} of adapter {name} is damaged: {error!r}") from error
+
+
+@dataclass
+class Training:
+    """One adapter for all tokens. Products run in the base's precision, the weights stay in their own (fp32)."""
+
+    adapter: Adapter
+    dropout: float = 0.0
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        A = self.adapter.A.get(name)
+        if A is None:
+            return y
+        kept = F.dropout(x, self.dropout) if self.dropout else x
+        low_rank = F.linear(kept, A.to(x.dtype))
+        return torch.add(y, F.linear(low_rank, self.adapter.B[name].to(x.dtype)), alpha=self.adapter.config.scaling)
+
+
+class Serving:
+    """Each token with the adapter of its voice: first one token of every decoding row, then a chunk of one prompt.
+
+    Distinct adapters take part in one batched product over their stacked weights, so each is read once however many
+    rows it has; tokens of the bare base take no part at all.
+    """
+
+    def __init__(self, rows: Sequence[Adapter | None], chunk: Adapter | None, stacks: AdapterStacks) -> None:
+        self.row_count = len(rows)
+        self.chunk = chunk
+        self.voices = list({id(adapter): adapter for adapter in rows if adapter is not None}.values())
+        self.stacks = stacks
+        tokens = [[at for at, owner in enumerate(rows) if owner is voice] for voice in self.voices]
+        self.is_one_voice = len(self.voices) == 1 and len(tokens[0]) == self.row_count
+        if self.voices and not self.is_one_voice:
+            device = next(iter(self.voices[0].A.values())).device
+            most = max(len(of_voice) for of_voice in tokens)
+            # (voices, most): a voice with fewer rows repeats its last; `_kept` leaves the repetitions out.
+            padded = [of_voice + of_voice[-1:] * (most - len(of_voice)) for of_voice in tokens]
+            kept = [voice * most + at for voice, of_voice in enumerate(tokens) for at in range(len(of_voice))]
+            self._tokens = torch.tensor(padded, device=device)
+            self._kept = torch.tensor(kept, device=device)
+            self._targets = torch.tensor([at for of_voice in tokens for at in of_voice], device=device)
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """x and y are (1, N, features)."""
+        if self.is_one_voice:
+            _add_product(self.voices[0], name, x[:, : self.row_count], y[:, : self.row_count])
+        elif any(name in voice.A for voice in self.voices):
+            A, B = self.stacks.of(self.voices, name)
+            low_rank = torch.bmm(x[0][self._tokens], A.transpose(1, 2))
+            corrections = torch.bmm(low_rank, B.transpose(1, 2)).flatten(0, 1)
+            y[0].index_add_(0, self._targets, corrections[self._kept])
+        if self.chunk is not None:
+            _add_product(self.chunk, name, x[:, self.row_count :], y[:, self.row_count :])
+        return y
+
+
+def _add_product(adapter: Adapter, name: str, x: Tensor, y: Tensor) -> None:
+    A = adapter.A.get(name)
+    if A is not None:
+        y.add_(F.linear(F.linear(x, A), adapter.B[name]), alpha=adapter.config.scaling)
+
+
+class AdapterStacks:
+    """The weights of the voices that decode together, stacked layer by layer: kept while they are the same voices."""
+
+    def __init__(self) -> None:
+        self._voices: list[Adapter] = []
+        self._layers: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def of(self, voices: list[Adapter], name: str) -> tuple[Tensor, Tensor]:
+        """A (voices, r, in_features) and scaled B (voices, out_features, r), r the largest rank among them."""
+        if [id(voice) for voice in voices] != [id(voice) for voice in self._voices]:
+            self._voices, self._layers = list(voices), {}
+        if name not in self._layers:
+            self._layers[name] = self._stacked(name)
+        return self._layers[name]
+
+    def forget(self) -> None:
+        self._voices, self._layers = [], {}
+
+    def _stacked(self, name: str) -> tuple[Tensor, Tensor]:
+        rank = max(voice.config.rank for voice in self._voices)
+        like = next(voice for voice in self._voices if name in voice.A)
+        A = like.A[name].new_zeros(len(self._voices), rank, like.A[name].shape[1])
+        B = like.B[name].new_zeros(len(self._voices), like.B[name].shape[0], rank)
+        for at, voice in enumerate(self._voices):
+            if name in voice.A:
+                A[at, : voice.config.rank] = voice.A[name]
+                B[at, :, : voice.config.rank] = voice.B[name] * voice.config.scaling
+        return A, B

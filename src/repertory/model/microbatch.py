@@ -1,0 +1,122 @@
+"""The rows of one forward pass, packed without padding, their common beginning only once; and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repertory.data.render import NO_LABEL, Row
+from repertory.model.attention import PackedRows
+from repertory.model.base import Base
+from repertory.model.lora import Routing
+
+# Positions whose logits exist at one time: 256 x 49,152 in fp32 are 48 MiB.
+LOGITS_CHUNK = 256
+
+
+def common_prefix(rows: Sequence[Row]) -> int:
+    """Tokens that all rows begin with, short of the token that predicts the first label of any of them."""
+    shortest = min(_first_label(row) - 1 for row in rows)
+    first = rows[0].input_ids
+    length = max(shortest, 0)
+    for row in rows[1:]:
+        ids = row.input_ids
+        if ids[:length] != first[:length]:
+            length = next(at for at in range(length) if ids[at] != first[at])
+    return length
+
+
+def _first_label(row: Row) -> int:
+    return next(at for at, label in enumerate(row.labels) if label != NO_LABEL)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed tokens of several rows, and which of them predict a trained token."""
+
+    ids: Tensor  # (N,)
+    layout: PackedRows
+    predicting: Tensor  # (M,) indices into the N tokens whose successor is trained
+    targets: Tensor  # (M,) the tokens they should predict
+    row_of_target: Tensor  # (M,)
+
+    @staticmethod
+    def of(rows: Sequence[Row], device: torch.device) -> MicroBatch:
+        prefix = common_prefix(rows) if len(rows) > 1 else 0
+        ids = list(rows[0].input_ids[:prefix])
+        predicting, targets, row_of_target = [], [], []
+        for number, row in enumerate(rows):
+            start = len(ids) - prefix  # where position 0 of this row would stand
+            for at in range(prefix, len(row.labels) - 1):
+                if row.labels[at + 1] != NO_LABEL:
+                    predicting.append(start + at)
+                    targets.append(row.labels[at + 1])
+                    row_of_target.append(number)
+            ids += row.input_ids[prefix:]
+        lengths = tuple(len(row.input_ids) - prefix for row in rows)
+        return MicroBatch(
+            ids=torch.tensor(ids, device=device),
+            layout=PackedRows(prefix=prefix, lengths=lengths, device=device),
+            predicting=torch.tensor(predicting, device=device),
+            targets=torch.tensor(targets, device=device),
+            row_of_target=torch.tensor(row_of_target, device=device),
+        )
+
+    def nll(self, base: Base, routing: Routing | None) -> Tensor:
+        """Negative log-likelihoods (M,) in nats of the trained tokens; call inside `passing`, with or without grad."""
+        hidden = base.hidden(self.ids, self.layout.positions)[self.predicting]
+        nll: Tensor = _ChunkedNLL.apply(hidden, self.targets, base)  # type: ignore[no-untyped-call]
+        return nll
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """Cross entropy that never holds the logits of more than LOGITS_CHUNK positions.
+
+    The output embeddings are frozen, so all that the backward pass needs is the gradient for the hidden states, which
+    is computed with the loss and is smaller than the logits by vocabulary over hidden size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, base: Base) -> Tensor:
+        losses, gradients = [], []
+        for part, wanted in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+            if not ctx.needs_input_grad[0]:
+                losses.append(F.cross_entropy(base.logits(part), wanted, reduction="none"))
+                continue
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                nll = F.cross_entropy(base.logits(leaf), wanted, reduction="none")
+                # Each position's loss depends on its own hidden state alone, so one sum gives every gradient.
+                gradients.append(torch.autograd.grad(nll.sum(), leaf)[0])
+            losses.append(nll.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
+
+
+def grouped(rows: Sequence[Row], indices: Sequence[int], suffix_budget: int, prefix: int) -> list[list[int]]:
+    """`indices` of rows in groups of like length whose tokens after the shared prefix fit the budget.
+
+    A row that exceeds it alone is a group of its own. A pure function of its arguments: a resumed run must find the
+    same groups.
+    """
+    groups: list[list[int]] = []
+    tokens = 0
+    for at in sorted(indices, key=lambda at: (-len(rows[at].input_ids), at)):
+        suffix = len(rows[at].input_ids) - prefix
+        if not groups or tokens + suffix > suffix_budget:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(at)
+        tokens += suffix
+    return groups

@@ -1,0 +1,41 @@
+"""The next token from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+from torch import Tensor
+
+from repertory.model.scheduler import Sequence
+
+
+def new_sampler(seed: int | None) -> torch.Generator:
+    """A random state of its own for one sequence, so that a seed gives the same draws whoever else is in the batch."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def sample(logits_NV: Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """One token for each of N sequences, as their requests say: greedy at temperature 0, else top-k, then top-p."""
+    greedy = logits_NV.argmax(-1).tolist()
+    return [
+        best if sequence.request.temperature == 0 else _draw(logits_V, sequence)
+        for best, logits_V, sequence in zip(greedy, logits_NV, sequences, strict=True)
+    ]
+
+
+def _draw(logits_V: Tensor, sequence: Sequence) -> int:
+    request = sequence.request
+    kept = min(request.top_k or len(logits_V), len(logits_V))
+    values, tokens = logits_V.topk(kept)  # sorted, so top-p is a cut
+    probabilities = (values.double().cpu() / request.temperature).softmax(-1)
+    if request.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < request.top_p)  # the first token is always kept
+    choice = torch.multinomial(probabilities, 1, generator=sequence.sampler)
+    return int(tokens[choice.item()])

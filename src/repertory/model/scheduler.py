@@ -1,0 +1,136 @@
+"""Who decodes next: sequences, and the scheduler that lets them join and leave the batch at every step. No torch here.
+
+A sequence waits, is prefilled in chunks, decodes, and finishes. Rows of the batch are dense: the decoding sequences are
+rows 0..n-1, the one being prefilled is row n. Organisations take turns at the door, so that one with a thousand waiting
+requests delays another's by one prefill, not by a thousand.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from repertory.contracts import GenerateRequest, TokenChunk, Usage
+from repertory.model.textstream import TextStream
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One reply in the making."""
+
+    request: GenerateRequest
+    prompt_ids: list[int]
+    adapter: Any  # the Adapter of its version, or None for the bare base; held until it finishes
+    text: TextStream
+    stop_ids: set[int]
+    emit: Callable[[TokenChunk], None]
+    dropped_messages: int = 0
+    sampler: Any = None  # its own random state, whoever else is in the batch
+    output_ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0  # of prompt and output, in the KV cache
+    is_finished: bool = False
+
+    @property
+    def org_id(self) -> str:
+        return self.request.org_id
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.cached_tokens >= len(self.prompt_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens in the cache if the reply gets as long as it may."""
+        return len(self.prompt_ids) + self.request.max_tokens
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.output_ids),
+            dropped_messages=self.dropped_messages,
+        )
+
+    def append(self, token: int) -> None:
+        """Take the next token of the reply and tell the reader what can be told."""
+        self.output_ids.append(token)
+        is_turn_end = token in self.stop_ids
+        text = "" if is_turn_end else self.text.push(token)
+        if is_turn_end or self.text.is_stopped:
+            self._finish(text + self.text.rest(), "stop")
+        elif len(self.output_ids) >= self.request.max_tokens:
+            self._finish(text + self.text.rest(), "length")
+        elif text:
+            self.emit(TokenChunk(text=text))
+
+    def _finish(self, text: str, reason: Any) -> None:
+        self.is_finished = True
+        self.emit(TokenChunk(text=text, finish_reason=reason, usage=self.usage))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: a token for each decoding sequence, and a chunk of one prompt."""
+
+    decoding: list[Sequence]
+    prefilling: Sequence | None
+    chunk_tokens: int  # of the prompt of `prefilling`
+
+
+class Scheduler:
+    """Admits waiting sequences as rows become free and plans each step."""
+
+    def __init__(self, max_rows: int, chunk_tokens: int, fits: Callable[[int, int], bool]) -> None:
+        """`fits(rows, tokens)`: whether the cache may grow to that many rows of that many tokens."""
+        self.max_rows = max_rows
+        self.chunk_tokens = chunk_tokens
+        self.fits = fits
+        self.decoding: list[Sequence] = []
+        self.prefilling: Sequence | None = None
+        self._waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()  # the organisation to admit next comes first
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [*self.decoding, *([self.prefilling] if self.prefilling else [])]
+
+    @property
+    def waiting_count(self) -> int:
+        return sum(len(queue) for queue in self._waiting.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.setdefault(sequence.org_id, deque()).append(sequence)
+
+    def next_step(self) -> Step:
+        if self.prefilling is None and self._waiting:
+            self.prefilling = self._admit()
+        chunk = 0
+        if self.prefilling is not None:
+            left = len(self.prefilling.prompt_ids) - self.prefilling.cached_tokens
+            chunk = min(left, self.chunk_tokens)
+        return Step(list(self.decoding), self.prefilling, chunk)
+
+    def _admit(self) -> Sequence | None:
+        """The next sequence of the organisation whose turn it is, if it fits beside those that run."""
+        org_id, queue = next(iter(self._waiting.items()))
+        running = [*self.decoding, queue[0]]
+        if len(running) > self.max_rows or not self.fits(len(running), max(s.most_tokens for s in running)):
+            return None
+        sequence = queue.popleft()
+        del self._waiting[org_id]
+        if queue:
+            self._waiting[org_id] = queue  # to the end of the line
+        return sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a waiting sequence out; a running one leaves through `is_finished`."""
+        queue = self._waiting.get(sequence.org_id)
+        if queue and sequence in queue:
+            queue.remove(sequence)
+            if not queue:
+                del self._waiting[sequence.org_id]

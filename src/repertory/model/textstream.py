@@ -1,0 +1,61 @@
+"""Tokens to text as they come: only what decodes cleanly, and nothing that may turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are no whole character yet
+
+
+class TextStream:
+    """The text of one reply, piece by piece."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+        self._decode = decode
+        self._stop = [text for text in stop if text]
+        self._ids: list[int] = []
+        self._context = 0  # tokens before this are not decoded again
+        self._told = 0  # tokens before this have become text
+        self._held = ""  # text that may be the beginning of a stop string
+        self.is_stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that token adds, as far as it is certain. After a stop string `is_stopped` is true."""
+        self._ids.append(token)
+        text = self._new_text()
+        if text.endswith(REPLACEMENT):
+            return ""
+        self._context, self._told = self._told, len(self._ids)
+        return self._without_stop(text)
+
+    def rest(self) -> str:
+        """What was held back, once no token follows. Nothing if a stop string was found."""
+        if self.is_stopped:
+            return ""
+        text = self._without_stop(self._new_text() if self._told < len(self._ids) else "")
+        if not self.is_stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _new_text(self) -> str:
+        """Text of the tokens not told yet. Decoded after some that were, since a token's text depends on its left."""
+        before = self._decode(self._ids[self._context : self._told])
+        return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _without_stop(self, text: str) -> str:
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.is_stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,391 @@
+"""A training run: from stored conversations to a voice that was proven, in small steps.
+
+The run is a generator driven by `step()`. It yields after every forward pass (with its backward), so that the host can
+answer live requests in between, stop it, or let another run go on; nothing that it computes depends on when that
+happens. A run that died goes on from its last checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from repertory.contracts import RunEvent, RunSpec
+from repertory.data.conversations import Conversation, Message
+from repertory.data.prepare import Split, read_conversations, split
+from repertory.data.render import Row
+from repertory.errors import DataUnusable, JobFailed
+from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
+from repertory.model import hyperparameters
+from repertory.model.base import Base
+from repertory.model.checkpoint import Checkpoint
+from repertory.model.engine import Engine
+from repertory.model.evaluation import Score, gain_and_error, prompts_from, replies, score
+from repertory.model.hyperparameters import TrainConfig
+from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
+from repertory.model.microbatch import MicroBatch, common_prefix
+from repertory.model.plan import Plan, Work
+
+METADATA = "training_metadata.json"
+REPORT = "report.json"
+FEW_CONVERSATIONS = 100
+ENOUGH_HELD_OUT = 10  # rows; with fewer, a comparison of two voices is noise
+
+Story = Generator[RunEvent | None, None, None]
+
+
+class TrainingRun:
+    """One job on one base model."""
+
+    def __init__(self, spec: RunSpec, base: Base, engine: Engine) -> None:
+        self.spec = spec
+        self.base = base
+        self.engine = engine
+        self.work = Work()
+        self._story = self._live()
+
+    def step(self) -> RunEvent | None:
+        """Do one portion of the work. Raises RepertoryError if the run has failed, StopIteration after its end."""
+        return next(self._story)
+
+    def close(self) -> None:
+        """Stop here; what the run held in memory is let go."""
+        self._story.close()
+
+    # The run, from beginning to end
+
+    def _live(self) -> Story:
+        spec, base = self.spec, self.base
+        output = Path(spec.output_dir)
+        yield self._event("preparing")
+        if (output / MANIFEST).exists() and verify(output) is None:
+            # Finished before, but nobody heard of it: the service died between our last file and its own record.
+            yield self._completed(json.loads((output / METADATA).read_text()))
+            return
+        data = yield from self._prepared()
+        config = hyperparameters.resolve(spec.hyperparameters, base, len(data.training), common_prefix(data.training))
+        plan = Plan(data.training, config)
+        fingerprint = _fingerprint(spec, base, config, data)
+        adapter = self._fresh_adapter(config)
+        optimizer = torch.optim.AdamW(
+            adapter.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
+        told: dict[str, Any] = {"losses": []}
+        if checkpoint is not None:
+            checkpoint.restore(adapter, optimizer)
+            told = checkpoint.story
+        done = checkpoint.step if checkpoint is not None else 0
+        self.work.expect(plan, done, sum(len(row.input_ids) for row in data.held_out or data.training))
+        metadata = self._metadata(config, data, adapter, resumed_from=done if checkpoint is not None else None)
+        yield self._event("running", **metadata)
+
+        scored_rows = data.held_out or data.training
+        if "base_nll" not in told:
+            yield self._event("evaluating", phase="measuring the base model")
+            base_score = yield from self._scored(scored_rows, None)
+            told["base_nll"] = base_score.row_nll
+        base_score = Score(told["base_nll"], [row.trained_tokens for row in scored_rows])
+
+        output.mkdir(parents=True, exist_ok=True)
+        with _tensorboard(output, done) as board:
+            yield self._event("running", phase="training")
+            for step in range(done + 1, config.total_steps + 1):
+                loss, norm = yield from self._optimizer_step(plan, step, adapter, optimizer)
+                told["losses"].append(round(loss, 6))
+                board.add_scalar("train/loss", loss, step)
+                board.add_scalar("train/learning_rate", config.learning_rate_at(step), step)
+                board.add_scalar("train/grad_norm", norm, step)
+                yield self._event("step", **self._progress(plan, step, loss, norm))
+                if config.eval_steps and step % config.eval_steps == 0 and step < config.total_steps:
+                    scored = yield from self._scored(scored_rows, adapter)
+                    board.add_scalar("eval/nll", scored.mean_nll, step)
+                if step % config.save_steps == 0 or step == config.total_steps:
+                    Checkpoint.of(adapter, optimizer, step, fingerprint, told).write(Path(spec.checkpoint_dir))
+                    yield self._event("checkpoint", step=step)
+
+            yield self._event("evaluating", phase="proving the voice")
+            names = adapter.save(output)
+            reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
+            self._prove_reload(adapter, reloaded, scored_rows)
+            voice_score = yield from self._scored(scored_rows, reloaded)
+            board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
+        report = self._report(data, base_score, voice_score)
+        if spec.current is not None:
+            current = Adapter.load(Path(spec.current.path), base.layers).to(base.device, torch.float32)
+            current_score = yield from self._scored(scored_rows, current)
+            report["current_val_nll"] = current_score.mean_nll
+        yield self._event("evaluating", phase="asking base and voice")
+        prompts = list(spec.test_prompts) or prompts_from(data.held_out_conversations)
+        serving = reloaded.to(base.device, base.dtype)
+        answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
+        report["test_responses"] = [response.model_dump() for response in answered]
+        metadata |= {"report": report, "final_loss": told["losses"][-1], "losses": told["losses"]}
+        metadata |= {"completed_at": datetime.now(UTC).isoformat()}
+        names += self._write_beside(output, metadata, report)
+        write_manifest(output, names)
+        yield self._completed(metadata)
+
+    # Data
+
+    def _prepared(self) -> Generator[None, None, TrainingData]:
+        """Read, split and render the conversations."""
+        spec = self.spec
+        conversations = read_conversations(Path(spec.conversations_path))
+        parts = split(conversations, spec.validation_split, spec.hyperparameters.seed or 0)
+        longest = hyperparameters.max_seq_length(spec.hyperparameters, self.base)
+        data = TrainingData(conversations, parts)
+        for indices, rows in ((parts.training, data.training), (parts.held_out, data.held_out)):
+            for number, at in enumerate(indices):
+                row = self.base.renderer.row(with_system(conversations[at], spec.system_prompt), longest)
+                if row is None:
+                    data.skipped.append(at)
+                else:
+                    rows.append(row)
+                    data.shortened += row.dropped_messages > 0
+                if number % 256 == 0:
+                    yield
+        if not data.training:
+            raise DataUnusable(
+                f"none of the {len(parts.training)} conversations to train on fits into {longest} tokens",
+                cure="Raise max_seq_length, or send shorter conversations.",
+            )
+        return data
+
+    def _fresh_adapter(self, config: TrainConfig) -> Adapter:
+        described = LoraConfig(
+            base_model=self.spec.base_model,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            fan_in_fan_out=self.base.has_conv1d,
+        )
+        names = choose_layers(self.base.layers, config.lora_target_modules)
+        return Adapter.fresh(described, self.base.layers, names, config.seed)
+
+    # Training
+
+    def _optimizer_step(
+        self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
+    ) -> Generator[None, None, tuple[float, float]]:
+        """One step over the effective batch; returns (mean NLL per trained token, gradient norm)."""
+        config, base = plan.config, self.base
+        trained_tokens = sum(plan.rows[at].trained_tokens for at in plan.rows_of(step))
+        routing = Training(adapter, config.lora_dropout)
+        loss = 0.0
+        optimizer.zero_grad(set_to_none=True)
+        for number, indices in enumerate(plan.microbatches(step)):
+            batch = MicroBatch.of([plan.rows[at] for at in indices], base.device)
+            torch.manual_seed(_seed_at(config.seed, step, number))  # dropout depends on the place in the plan alone
+            with base.passing(batch.layout, routing):
+                # Divided by all tokens of the step, so the cut into micro-batches cannot change the gradient.
+                part = batch.nll(base, routing).sum() / trained_tokens
+                part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+            self.work.advance(3 * batch.layout.token_count)
+            yield
+        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters, config.max_grad_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise JobFailed(
+                f"the loss became {loss} at step {step}",
+                code="diverged",
+                cure=f"Lower learning_rate (it was {config.learning_rate:g}) and start the job again.",
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        optimizer.step()
+        return loss, norm
+
+    # Proof
+
+    def _scored(self, rows: Sequence[Row], adapter: Adapter | None) -> Generator[None, None, Score]:
+        scored = yield from score(self.base, rows, adapter)
+        self.work.advance(sum(len(row.input_ids) for row in rows))
+        return scored
+
+    def _prove_reload(self, trained: Adapter, reloaded: Adapter, rows: Sequence[Row]) -> None:
+        """The adapter as others will read it must compute what the trainer computed, and not what the base computes."""
+        batch = MicroBatch.of(rows[:1], self.base.device)
+
+        def nll(adapter: Adapter | None) -> torch.Tensor:
+            routing = None if adapter is None else Training(adapter)
+            with torch.inference_mode(), self.base.passing(batch.layout, routing):
+                return batch.nll(self.base, routing)
+
+        of_trained, of_reloaded, of_base = nll(trained), nll(reloaded), nll(None)
+        if not torch.equal(of_trained, of_reloaded):
+            raise JobFailed(
+                "the adapter read back from disk does not reproduce the trainer's outputs",
+                code="reload_mismatch",
+                cure="Check the disk that holds FINETUNED_MODEL_DIR, then start the job again.",
+            )
+        if torch.equal(of_reloaded, of_base):
+            raise JobFailed(
+                "the trained adapter changes nothing in the base model's outputs",
+                code="did_not_learn",
+                cure="Raise learning_rate or num_train_epochs.",
+            )
+
+    def _report(self, data: TrainingData, base_score: Score, voice_score: Score) -> dict[str, Any]:
+        """What was proven. Raises JobFailed if the voice is worse than the base beyond doubt."""
+        gain, error = gain_and_error(voice_score, base_score)
+        scored = len(voice_score.row_nll)
+        if voice_score.mean_nll < base_score.mean_nll:
+            learned = "passed"
+        elif scored >= ENOUGH_HELD_OUT and data.held_out and gain + 2 * error < 0:
+            raise JobFailed(
+                f"the voice predicts held-out conversations worse than the base: "
+                f"{voice_score.mean_nll:.3f} against {base_score.mean_nll:.3f} nats a token",
+                code="did_not_learn",
+                cure="Lower learning_rate or num_train_epochs, or add more conversations of this person.",
+            )
+        else:
+            learned = "inconclusive"
+        return {
+            "perplexity": voice_score.perplexity,
+            "base_perplexity": base_score.perplexity,
+            "val_nll": voice_score.mean_nll,
+            "base_val_nll": base_score.mean_nll,
+            "gain_nats_per_token": gain,
+            "gain_standard_error": error if math.isfinite(error) else None,
+            "scored_conversations": scored,
+            "scored_tokens": voice_score.tokens,
+            "scored_on": "held-out" if data.held_out else "training",
+            "checks": {
+                "only_the_assistant_is_trained": "passed",  # rendering labels nothing else; see data/render.py
+                "reload_reproduces_the_trainer": "passed",
+                "differs_from_base": "passed",
+                "learned": learned,
+            },
+        }
+
+    # What is told
+
+    def _event(self, kind: Any, **data: Any) -> RunEvent:
+        return RunEvent(kind=kind, progress=self.work.progress, data=data)
+
+    def _completed(self, metadata: dict[str, Any]) -> RunEvent:
+        return RunEvent(kind="completed", progress=1.0, data=metadata)
+
+    def _progress(self, plan: Plan, step: int, loss: float, norm: float) -> dict[str, Any]:
+        config = plan.config
+        self.work.step_done(plan.tokens_of(step))
+        return {
+            "step": step,
+            "total_steps": config.total_steps,
+            "epoch": round(step / plan.steps_per_epoch, 3),
+            "loss": loss,
+            "learning_rate": config.learning_rate_at(step),
+            "grad_norm": norm,
+            "tokens_per_second": self.work.tokens_per_second,
+            "eta_seconds": self.work.eta_seconds,
+        }
+
+    def _metadata(
+        self, config: TrainConfig, data: TrainingData, adapter: Adapter, resumed_from: int | None
+    ) -> dict[str, Any]:
+        key, renderer = self.base.key, self.base.renderer
+        metadata: dict[str, Any] = {
+            "training_id": self.spec.training_id,
+            "base_model": key.base_model,
+            "revision": key.revision,
+            "quantization": key.quantization,
+            "dtype": key.dtype,
+            "system_prompt": self.spec.system_prompt,
+            "template_sha256": renderer.template_sha256,
+            "hyperparameters": config.model_dump(exclude={"total_steps", "betas", "max_grad_norm", "weight_decay"}),
+            "total_steps": config.total_steps,
+            "trainable_parameters": adapter.parameter_count,
+            "total_parameters": self.base.parameter_count + adapter.parameter_count,
+            "conversations": len(data.conversations),
+            "training_conversations": len(data.training),
+            "held_out_conversations": len(data.held_out),
+            "held_out": [at for at in data.parts.held_out if at not in set(data.skipped)],
+            "training_tokens": sum(len(row.input_ids) for row in data.training),
+            "trained_tokens": sum(row.trained_tokens for row in data.training),
+            "shared_prefix_tokens": common_prefix(data.training),
+            "warnings": data.warnings,
+        }
+        if resumed_from is not None:
+            metadata["resumed_from_step"] = resumed_from
+        return metadata
+
+    def _write_beside(self, output: Path, metadata: dict[str, Any], report: dict[str, Any]) -> list[str]:
+        """The files of the version beside the adapter's own; returns their names."""
+        write_durably(output / METADATA, json.dumps(metadata, indent=1).encode())
+        write_durably(output / REPORT, json.dumps(report, indent=1).encode())
+        written = self.base.renderer.tokenizer.save_pretrained(output)
+        names = {Path(path).name for path in written if Path(path).is_file()}
+        for name in names:
+            write_durably(output / name, (output / name).read_bytes())
+        return [METADATA, REPORT, *sorted(names)]
+
+
+class TrainingData:
+    """The rendered conversations, and what became of those that are not among them."""
+
+    def __init__(self, conversations: list[Conversation], parts: Split) -> None:
+        self.conversations = conversations
+        self.parts = parts
+        self.training: list[Row] = []
+        self.held_out: list[Row] = []
+        self.skipped: list[int] = []  # indices of conversations too long even for their last exchange
+        self.shortened = 0  # rows that lost their oldest messages
+
+    @property
+    def held_out_conversations(self) -> list[Conversation]:
+        """Where to take test prompts from: the held-out conversations, or all where none is held out."""
+        return [self.conversations[at] for at in self.parts.held_out or self.parts.training]
+
+    @property
+    def warnings(self) -> list[str]:
+        found = []
+        if len(self.conversations) < FEW_CONVERSATIONS:
+            few = len(self.conversations)
+            found.append(f"Only {few} conversations: a voice is learned well from about {FEW_CONVERSATIONS}.")
+        if not self.held_out:
+            found.append("Nothing was held out, so the report scores the training data and proves little.")
+        if self.skipped:
+            found.append(f"{len(self.skipped)} conversations were left out: too long for max_seq_length.")
+        if self.shortened:
+            found.append(f"{self.shortened} conversations lost their oldest messages to fit max_seq_length.")
+        return found
+
+
+def with_system(conversation: Conversation, system_prompt: str | None) -> list[Message]:
+    """The messages, after the job's system prompt where they bring none."""
+    if system_prompt is None or conversation.messages[0].role == "system":
+        return conversation.messages
+    return [Message(role="system", content=system_prompt), *conversation.messages]
+
+
+def _fingerprint(spec: RunSpec, base: Base, config: TrainConfig, data: TrainingData) -> str:
+    """What must be the same for a checkpoint to be gone on from."""
+    digest = hashlib.sha256(f"{base.key!r}{config!r}{spec.system_prompt!r}".encode())
+    for row in (*data.training, *data.held_out):
+        digest.update(repr((row.input_ids, row.labels)).encode())
+    return digest.hexdigest()
+
+
+def _seed_at(seed: int, step: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{number}".encode()).digest()[:8]) >> 1
+
+
+@contextmanager
+def _tensorboard(folder: Path, done: int) -> Iterator[SummaryWriter]:
+    """Event files for `tensorboard --logdir folder`; steps after the resume point are struck out."""
+    board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    try:
+        yield board
+    finally:
+        board.close()
