@@ -24,6 +24,14 @@ def repertory() -> None:
 
 
 @app.command()
+def serve() -> None:
+    """Start the service on HOST:PORT (127.0.0.1:8300 if not set)."""
+    from repertory.service.server import serve as run  # other commands start faster without it
+
+    raise typer.Exit(run())
+
+
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer conversations, one epoch: under 3 minutes.")] = False,
     port: Annotated[
