@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from repertory.data.conversations import Conversation
+from repertory.data.conversations import Conversation, Message
 
 MAX_HELD_OUT = 200  # conversations; scoring more costs time and says little more
 
@@ -46,3 +46,10 @@ def read_conversations(path: Path) -> list[Conversation]:
     """A stored dataset: JSON lines, one Conversation each, validated when they were stored."""
     with path.open(encoding="utf-8") as lines:
         return [Conversation.model_validate_json(line) for line in lines]
+
+
+def with_system(conversation: Conversation, system_prompt: str | None) -> list[Message]:
+    """The messages, after the job's system prompt where they bring none."""
+    if system_prompt is None or conversation.messages[0].role == "system":
+        return conversation.messages
+    return [Message(role="system", content=system_prompt), *conversation.messages]

@@ -8,12 +8,14 @@ because there the prompt ends at serving.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import secrets
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -73,6 +75,9 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        # Encoding sets an option on the tokenizer, which fails while another thread uses it; decoding has its own.
+        self._encoding = Lock()
+        self._decoder = copy.deepcopy(tokenizer)
         self.template: str = tokenizer.chat_template or DEFAULT_TEMPLATE
         added = tokenizer.added_tokens_decoder
         self._special_ids: dict[str, int] = {token.content: at for at, token in added.items() if token.special}
@@ -122,7 +127,7 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; a character that is not whole yet ends in U+FFFD."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+        return self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
 
     # Training
 
@@ -272,7 +277,8 @@ class Renderer:
         if not text:
             return
         # split_special_tokens: no word that someone typed becomes a control token
-        new: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self._encoding:
+            new: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids += new
         labels += new if is_trained else [NO_LABEL] * len(new)
 

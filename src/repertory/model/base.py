@@ -106,7 +106,7 @@ class Base:
         config: Any = self.model.config
         key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * self.layer_count * key_heads * head_size * self.dtype.itemsize
+        return int(2 * self.layer_count * key_heads * head_size * self.dtype.itemsize)
 
     def kv_cache(self) -> KVCache:
         return KVCache(self.layer_count)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from repertory.contracts import GenerateRequest, Message, TokenChunk
-from repertory.errors import InvalidInput
+from repertory.contracts import GenerateRequest, TokenChunk
+from repertory.data.conversations import Message
+from repertory.errors import ErrorInfo, InvalidInput
 from repertory.model.attention import CachedRows
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, AdapterStacks, Serving
@@ -80,6 +81,13 @@ class Engine:
 
     def submit(self, sequence: Sequence) -> None:
         self.scheduler.add(sequence)
+
+    def fail_all(self, error: ErrorInfo) -> None:
+        """A forward pass has died: no sequence in flight can go on."""
+        for sequence in self.scheduler.running:
+            sequence.is_finished = True
+            sequence.emit(TokenChunk(error=error))
+        self._release_finished()
 
     def cancel(self, sequence: Sequence) -> None:
         """Its row is free at the next step."""

@@ -9,19 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
 
-from repertory.contracts import GenerateRequest, Message, TestPrompt, TestResponse, TokenChunk
-from repertory.data.conversations import Conversation
+from repertory.contracts import (
+    EvaluateRequest,
+    Evaluation,
+    GenerateRequest,
+    TestPrompt,
+    TestResponse,
+    TokenChunk,
+)
+from repertory.data.conversations import Conversation, Message
+from repertory.data.prepare import read_conversations, with_system
 from repertory.data.render import Row
-from repertory.errors import RepertoryError
+from repertory.errors import DataUnusable, RepertoryError
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter, Training
+from repertory.model.lora import WEIGHTS, Adapter, Training
 from repertory.model.microbatch import MicroBatch, common_prefix, grouped
 from repertory.model.scheduler import Sequence as EngineSequence
+from repertory.model.voices import Voice
 
 REPLY_TOKENS = 64
 TEST_PROMPTS = 3
@@ -140,3 +150,39 @@ class _Reply:
             raise RepertoryError.from_info(chunk.error)
         self.text += chunk.text
         self.is_whole = chunk.finish_reason is not None
+
+
+def evaluate(base: Base, engine: Engine, voice: Voice, request: EvaluateRequest) -> Generator[None, None, Evaluation]:
+    """Score a version on its job's held-out conversations or on given ones, and let voice and base answer prompts.
+
+    Raises DataUnusable if no conversation fits the model.
+    """
+    if request.conversations is not None:
+        conversations, scored_on = request.conversations, "given"
+    else:
+        stored = read_conversations(Path(request.conversations_path or ""))
+        held_out = voice.metadata["held_out"]
+        conversations = [stored[at] for at in held_out] or stored
+        scored_on = "held-out" if held_out else "training"
+    longest = voice.metadata["hyperparameters"]["max_seq_length"]
+    rendered = (base.renderer.row(with_system(c, voice.system_prompt), longest) for c in conversations)
+    rows = [row for row in rendered if row is not None]
+    if not rows:
+        raise DataUnusable(f"none of the {len(conversations)} conversations fits into {longest} tokens")
+    base_score = yield from score(base, rows, None)
+    voice_score = yield from score(base, rows, voice.adapter)
+    prompts = request.test_prompts or prompts_from(conversations)
+    answered = yield from replies(engine, request.org_id, prompts, voice.adapter, voice.system_prompt)
+    return Evaluation(
+        perplexity=voice_score.perplexity,
+        base_perplexity=base_score.perplexity,
+        val_nll=voice_score.mean_nll,
+        base_val_nll=base_score.mean_nll,
+        scored_tokens=voice_score.tokens,
+        scored_conversations=len(rows),
+        scored_on=scored_on,
+        test_responses=answered,
+        total_parameters=voice.metadata["total_parameters"],
+        trainable_parameters=voice.metadata["trainable_parameters"],
+        model_size_mb=round((Path(request.adapter.path) / WEIGHTS).stat().st_size / 1e6, 3),
+    )

@@ -140,7 +140,8 @@ class Adapter:
     def fresh(config: LoraConfig, layers: dict[str, LoraLinear], names: Sequence[str], seed: int) -> Adapter:
         """An adapter that changes nothing yet: A drawn as PEFT draws it (Kaiming uniform), B zero. fp32, trainable."""
         generator = torch.Generator().manual_seed(seed)
-        A, B = {}, {}
+        A: dict[str, Tensor] = {}
+        B: dict[str, Tensor] = {}
         for name in names:
             in_features, out_features = layers[name].shape
             device = next(layers[name].parameters()).device

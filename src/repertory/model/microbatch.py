@@ -84,7 +84,8 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, base: Base) -> Tensor:
         losses, gradients = [], []
-        for part, wanted in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True):
+        for begin in range(0, len(targets), LOGITS_CHUNK):
+            part, wanted = hidden[begin : begin + LOGITS_CHUNK], targets[begin : begin + LOGITS_CHUNK]
             if not ctx.needs_input_grad[0]:
                 losses.append(F.cross_entropy(base.logits(part), wanted, reduction="none"))
                 continue
@@ -99,7 +100,7 @@ class _ChunkedNLL(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None
 

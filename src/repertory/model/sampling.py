@@ -38,4 +38,4 @@ def _draw(logits_V: Tensor, sequence: Sequence) -> int:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities * (before < request.top_p)  # the first token is always kept
     choice = torch.multinomial(probabilities, 1, generator=sequence.sampler)
-    return int(tokens[choice.item()])
+    return int(tokens[int(choice)])

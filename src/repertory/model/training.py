@@ -20,8 +20,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from repertory.contracts import RunEvent, RunSpec
-from repertory.data.conversations import Conversation, Message
-from repertory.data.prepare import Split, read_conversations, split
+from repertory.data.conversations import Conversation
+from repertory.data.prepare import Split, read_conversations, split, with_system
 from repertory.data.render import Row
 from repertory.errors import DataUnusable, JobFailed
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
@@ -34,8 +34,8 @@ from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix
 from repertory.model.plan import Plan, Work
+from repertory.model.voices import METADATA, key_of
 
-METADATA = "training_metadata.json"
 REPORT = "report.json"
 FEW_CONVERSATIONS = 100
 ENOUGH_HELD_OUT = 10  # rows; with fewer, a comparison of two voices is noise
@@ -120,8 +120,7 @@ class TrainingRun:
             voice_score = yield from self._scored(scored_rows, reloaded)
             board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
         report = self._report(data, base_score, voice_score)
-        if spec.current is not None:
-            current = Adapter.load(Path(spec.current.path), base.layers).to(base.device, torch.float32)
+        if (current := self._current()) is not None:
             current_score = yield from self._scored(scored_rows, current)
             report["current_val_nll"] = current_score.mean_nll
         yield self._event("evaluating", phase="asking base and voice")
@@ -269,6 +268,15 @@ class TrainingRun:
             },
         }
 
+    def _current(self) -> Adapter | None:
+        """The organisation's present voice, if it stands on the same base model and can be compared."""
+        if self.spec.current is None:
+            return None
+        folder = Path(self.spec.current.path)
+        if key_of(json.loads((folder / METADATA).read_text())) != self.base.key:
+            return None
+        return Adapter.load(folder, self.base.layers).to(self.base.device, torch.float32)
+
     # What is told
 
     def _event(self, kind: Any, **data: Any) -> RunEvent:
@@ -360,13 +368,6 @@ class TrainingData:
         if self.shortened:
             found.append(f"{self.shortened} conversations lost their oldest messages to fit max_seq_length.")
         return found
-
-
-def with_system(conversation: Conversation, system_prompt: str | None) -> list[Message]:
-    """The messages, after the job's system prompt where they bring none."""
-    if system_prompt is None or conversation.messages[0].role == "system":
-        return conversation.messages
-    return [Message(role="system", content=system_prompt), *conversation.messages]
 
 
 def _fingerprint(spec: RunSpec, base: Base, config: TrainConfig, data: TrainingData) -> str:

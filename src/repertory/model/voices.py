@@ -6,18 +6,26 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from repertory.contracts import AdapterRef, BaseKey
 from repertory.manifest import verify
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, AdapterUnusable
-from repertory.model.training import METADATA
+
+METADATA = "training_metadata.json"
 
 
 @dataclass(frozen=True)
 class Voice:
     adapter: Adapter  # on the device, in the base's precision
-    system_prompt: str | None  # recorded when it was trained
+    metadata: dict[str, Any]  # training_metadata.json
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The one that was trained with, for requests that bring none."""
+        prompt: str | None = self.metadata["system_prompt"]
+        return prompt
 
 
 class Voices:
@@ -64,7 +72,7 @@ class Voices:
         if metadata["template_sha256"] != self.base.renderer.template_sha256:
             raise AdapterUnusable(f"model {ref.training_id} was trained with another chat template")
         adapter = Adapter.load(folder, self.base.layers).to(self.base.device, self.base.dtype)
-        return Voice(adapter, metadata["system_prompt"])
+        return Voice(adapter, metadata)
 
 
 def key_of(metadata: dict[str, object]) -> BaseKey:

@@ -1,0 +1,262 @@
+"""The host process: one base model on one device, driven over HTTP on a Unix socket (the calls are in contracts.py).
+
+    python -m repertory.model.host --socket PATH --base-model NAME [--quantization Q --dtype D] < control-pipe
+
+It answers /health at once and says what it is loading. It ends with its service: when the control pipe closes, or with
+a signal from the kernel where the service had no time to close it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+import uvicorn
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from repertory.contracts import (
+    AdapterRef,
+    BaseKey,
+    Device,
+    EvaluateRequest,
+    GenerateRequest,
+    HostHealth,
+    RunEvent,
+    RunSpec,
+    TokenChunk,
+)
+from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.settings import Settings, settings
+
+if TYPE_CHECKING:  # torch takes seconds to import; /health must answer before
+    from repertory.model.loop import DeviceLoop
+
+HEARTBEAT_SECONDS = 2.0
+TERMINAL = ("completed", "failed", "cancelled")
+
+log = structlog.get_logger()
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class Host:
+    """What the process is doing: loading, ready with a device loop, or failed."""
+
+    def __init__(self, base_model: str, quantization: str | None, dtype: str | None) -> None:
+        self.base_model = base_model
+        self.quantization = quantization
+        self.dtype = dtype
+        self.phase = "importing torch"
+        self.device: Device | None = None
+        self.error: ErrorInfo | None = None
+        self._loop: DeviceLoop | None = None
+
+    def run(self, settings: Settings) -> None:
+        """Load the base model and drive the device until `stop`; the device's thread."""
+        from repertory.model import base
+        from repertory.model.loop import DeviceLoop
+
+        try:
+            self.device = base.detect_device()
+            key = BaseKey.resolve(self.base_model, settings.hyperparameters, self.device)
+            if self.quantization and self.dtype:
+                key = key.model_copy(update={"quantization": self.quantization, "dtype": self.dtype})
+            loaded = base.load(self.base_model, settings, self.device, key, self._say)
+            self._loop = DeviceLoop(loaded)
+        except RepertoryError as error:
+            log.warning("host_failed", code=error.code, reason=error.message)
+            self.error = error.info
+            return
+        except Exception as error:  # whatever it was, the service must hear of it
+            log.exception("host_failed")
+            message = f"loading {self.base_model} failed: {type(error).__name__}: {error}"
+            self.error = RepertoryError(message, code="base_model_unavailable").info
+            return
+        self._say("ready")
+        self._loop.run_forever()
+
+    def stop(self) -> None:
+        if self._loop is not None:
+            self._loop.stop()
+
+    @property
+    def loop(self) -> DeviceLoop:
+        if self._loop is None:
+            raise Unavailable(f"the base model is not ready: {self.phase}", code="model_loading")
+        return self._loop
+
+    @property
+    def health(self) -> HostHealth:
+        if self.error is not None:
+            return HostHealth(state="failed", device=self.device, error=self.error)
+        if self._loop is None:
+            return HostHealth(state="loading", phase=self.phase, device=self.device)
+        loop, scheduler = self._loop, self._loop.engine.scheduler
+        return HostHealth(
+            state="ready",
+            device=self.device,
+            key=loop.base.key,
+            adapters=loop.voices.training_ids,
+            running=len(scheduler.running),
+            waiting=scheduler.waiting_count,
+            runs=loop.run_ids,
+            memory_bytes=loop.memory_bytes,
+            parameters=loop.base.parameter_count,
+        )
+
+    def _say(self, phase: str) -> None:
+        self.phase = phase
+        log.info("host", phase=phase)
+
+
+def make_app(host: Host) -> Starlette:
+    async def health(_: Request) -> Response:
+        return _json(host.health)
+
+    async def generate(request: Request) -> Response:
+        asked = await _body(request, GenerateRequest)
+        loop = host.loop
+        voice = await asyncio.to_thread(loop.voices.get, asked.adapter) if asked.adapter else None
+        chunks, tell = _stream_of(TokenChunk)
+        adapter, system_prompt = (voice.adapter, voice.system_prompt) if voice else (None, None)
+        sequence = await asyncio.to_thread(loop.engine.sequence, asked, adapter, system_prompt, tell)
+        loop.submit(sequence)
+
+        async def lines() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    chunk = await chunks.get()
+                    yield _line(chunk)
+                    if chunk.finish_reason or chunk.error:
+                        return
+            finally:  # also when the reader went away
+                loop.cancel(sequence)
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def start_run(request: Request) -> Response:
+        spec = await _body(request, RunSpec)
+        loop = host.loop
+        events, tell = _stream_of(RunEvent)
+        loop.start_run(spec, tell)
+
+        async def lines() -> AsyncIterator[bytes]:
+            progress = 0.0
+            try:
+                while True:
+                    try:
+                        event = await asyncio.wait_for(events.get(), HEARTBEAT_SECONDS)
+                    except TimeoutError:
+                        event = RunEvent(kind="heartbeat", progress=progress)
+                    progress = event.progress
+                    yield _line(event)
+                    if event.kind in TERMINAL:
+                        return
+            finally:  # nobody listens to the run any more, so its result could not be kept
+                loop.stop_run(spec.training_id).add_done_callback(lambda done: done.exception())
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def stop_run(request: Request) -> Response:
+        await asyncio.wrap_future(host.loop.stop_run(request.path_params["training_id"]))
+        return JSONResponse({})
+
+    async def evaluate(request: Request) -> Response:
+        asked = await _body(request, EvaluateRequest)
+        loop = host.loop
+        voice = await asyncio.to_thread(loop.voices.get, asked.adapter)
+        evaluation = await asyncio.wrap_future(loop.evaluate(voice, asked))
+        return _json(evaluation)
+
+    async def load_adapter(request: Request) -> Response:
+        ref = await _body(request, AdapterRef)
+        await asyncio.to_thread(host.loop.voices.get, ref)
+        return JSONResponse({})
+
+    async def unload_adapter(request: Request) -> Response:
+        ref = await _body(request, AdapterRef)
+        host.loop.voices.unload(ref.org_id, ref.training_id)
+        return JSONResponse({})
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RepertoryError)
+        return JSONResponse({"error": error.info.model_dump()}, status_code=error.status)
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/generate", generate, methods=["POST"]),
+            Route("/runs", start_run, methods=["POST"]),
+            Route("/runs/{training_id}", stop_run, methods=["DELETE"]),
+            Route("/evaluate", evaluate, methods=["POST"]),
+            Route("/adapters/load", load_adapter, methods=["POST"]),
+            Route("/adapters/unload", unload_adapter, methods=["POST"]),
+        ],
+        exception_handlers={RepertoryError: refused},
+    )
+
+
+async def _body(request: Request, kind: type[Parsed]) -> Parsed:
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise InvalidInput(f"not a {kind.__name__}: {error.errors(include_input=False)[0]['msg']}") from error
+
+
+def _stream_of(kind: type[Parsed]) -> tuple[asyncio.Queue[Parsed], Callable[[Parsed], None]]:
+    """A queue to read from here, and the function with which another thread fills it."""
+    items: asyncio.Queue[Parsed] = asyncio.Queue()
+    here = asyncio.get_running_loop()
+    return items, lambda item: here.call_soon_threadsafe(items.put_nowait, item)  # type: ignore[return-value]
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _line(item: BaseModel) -> bytes:
+    return item.model_dump_json(exclude_defaults=True).encode() + b"\n"
+
+
+def die_with_service() -> None:
+    """Leave no orphan on the device, whatever ends the service."""
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGKILL)
+
+    def until_closed() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=until_closed, name="control-pipe", daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--base-model", required=True)
+    parser.add_argument("--quantization")
+    parser.add_argument("--dtype")
+    args = parser.parse_args()
+    die_with_service()
+    host = Host(args.base_model, args.quantization, args.dtype)
+    device = threading.Thread(target=host.run, args=(settings(),), name="device", daemon=True)
+    device.start()
+    uvicorn.run(make_app(host), uds=args.socket, log_level="warning", timeout_graceful_shutdown=1)
+    host.stop()
+    device.join(timeout=5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The loop that owns the device: one thread that serves and trains on one base model, serving first.
+
+Other threads never touch the device; they leave a message. Training gets a fixed share of the time while requests are
+being answered and all of it otherwise, one forward pass at a time, so a request waits for one such pass at the most.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import structlog
+import torch
+
+from repertory.contracts import EvaluateRequest, Evaluation, RunEvent, RunSpec
+from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError
+from repertory.model.base import Base
+from repertory.model.engine import Engine
+from repertory.model.evaluation import evaluate
+from repertory.model.scheduler import Sequence
+from repertory.model.training import TrainingRun
+from repertory.model.voices import Voice, Voices
+
+TRAINING_SHARE = 0.2  # of the device's time while requests are being answered
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Task:
+    """Background work: something that is done in steps and may be given up between two of them."""
+
+    name: str
+    step: Callable[[], None]  # raises StopIteration at its end
+    fail: Callable[[ErrorInfo], None]
+    close: Callable[[], None]  # gives it up before its end
+
+
+class DeviceLoop:
+    """Serving and training on `base`. `run_forever` is the device's thread; everything else may be called from any."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.engine = Engine(base)
+        self.voices = Voices(base)
+        self._tasks: deque[_Task] = deque()  # the one whose turn it is comes first
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._serving_seconds = 0.0
+        self._training_seconds = 0.0
+        self._trained_last = False
+
+    # From any thread
+
+    def submit(self, sequence: Sequence) -> None:
+        self._inbox.put(lambda: self.engine.submit(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        self._inbox.put(lambda: None if sequence.is_finished else self.engine.cancel(sequence))
+
+    def start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
+        """Begin a run; `tell` hears its events, ending with completed, failed or cancelled."""
+        self._inbox.put(lambda: self._start_run(spec, tell))
+
+    def stop_run(self, training_id: str) -> Future[None]:
+        """Done once the run has stopped and its memory is free. NotFound if there is no such run."""
+        stopped: Future[None] = Future()
+        self._inbox.put(lambda: self._stop_run(training_id, stopped))
+        return stopped
+
+    def evaluate(self, voice: Voice, request: EvaluateRequest) -> Future[Evaluation]:
+        result: Future[Evaluation] = Future()
+        self._inbox.put(lambda: self._start_evaluation(voice, request, result))
+        return result
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+
+    @property
+    def run_ids(self) -> list[str]:
+        return [task.name for task in list(self._tasks) if task.name]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of this process, or on CUDA of the device."""
+        if self.base.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.base.device)
+        return int(psutil.Process().memory_info().rss)
+
+    # The device's thread
+
+    def run_forever(self) -> None:
+        """Until `stop`. Runs in progress are left as they are: they go on from their checkpoints another time."""
+        while self._take_messages():
+            if self.engine.has_work and not self._training_is_due():
+                self._timed(self._serve)
+                self._trained_last = False
+            elif self._tasks:
+                self._timed(self._train)
+                self._trained_last = True
+
+    def _take_messages(self) -> bool:
+        """Do what the other threads ask for, waiting for it when there is nothing else to do. False: stop."""
+        is_idle = not (self.engine.has_work or self._tasks)
+        while True:
+            try:
+                message = self._inbox.get(block=is_idle)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+            is_idle = False
+
+    def _training_is_due(self) -> bool:
+        """Whether training is behind its share. Never twice in a row: a task may be waiting for the engine itself."""
+        if not self._tasks or self._trained_last:
+            return False
+        return self._training_seconds * (1 - TRAINING_SHARE) < self._serving_seconds * TRAINING_SHARE
+
+    def _timed(self, work: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        is_contended = self.engine.has_work and bool(self._tasks)
+        work()
+        seconds = time.monotonic() - begin
+        if not is_contended:
+            self._serving_seconds = self._training_seconds = 0.0
+        elif work == self._serve:
+            self._serving_seconds += seconds
+        else:
+            self._training_seconds += seconds
+
+    def _serve(self) -> None:
+        try:
+            self.engine.step()
+        except Exception as error:  # whatever it was, the sequences must hear of it and the loop must go on
+            log.exception("generation_failed")
+            self.engine.fail_all(_info_of(error))
+
+    def _train(self) -> None:
+        task = self._tasks.popleft()
+        try:
+            task.step()
+        except StopIteration:
+            _free_memory()
+            return
+        except Exception as error:  # a run may fail in any way; the others and the requests go on
+            if not isinstance(error, RepertoryError):
+                log.exception("task_failed", task=task.name)
+            _free_memory()
+            task.fail(_info_of(error))
+            return
+        self._tasks.append(task)
+
+    def _start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
+        if spec.training_id in self.run_ids:
+            error = Conflict(f"{spec.training_id} is running already", code="already_running")
+            tell(RunEvent(kind="failed", progress=0, error=error.info))
+            return
+        run = TrainingRun(spec, self.base, self.engine)
+
+        def step() -> None:
+            event = run.step()
+            if event is not None:
+                tell(event)
+
+        def fail(error: ErrorInfo) -> None:
+            tell(RunEvent(kind="failed", progress=run.work.progress, error=error))
+
+        def close() -> None:
+            run.close()
+            tell(RunEvent(kind="cancelled", progress=run.work.progress))
+
+        self._tasks.append(_Task(spec.training_id, step, fail, close))
+
+    def _stop_run(self, training_id: str, stopped: Future[None]) -> None:
+        task = next((task for task in self._tasks if task.name == training_id), None)
+        if task is None:
+            stopped.set_exception(NotFound(f"there is no run {training_id}", code="run_not_found"))
+            return
+        self._tasks.remove(task)
+        task.close()
+        del task
+        _free_memory()
+        stopped.set_result(None)
+
+    def _start_evaluation(self, voice: Voice, request: EvaluateRequest, result: Future[Evaluation]) -> None:
+        portions = _resulting(evaluate(self.base, self.engine, voice, request), result)
+        self._tasks.append(
+            _Task(
+                name="",
+                step=lambda: next(portions),
+                fail=lambda error: result.set_exception(RepertoryError.from_info(error)),
+                close=portions.close,
+            )
+        )
+
+
+def _resulting(work: Generator[None, None, Any], result: Future[Any]) -> Generator[None, None, None]:
+    result.set_result((yield from work))
+
+
+def _info_of(error: Exception) -> ErrorInfo:
+    if isinstance(error, RepertoryError):
+        return error.info
+    if isinstance(error, torch.OutOfMemoryError):
+        return InsufficientMemory(f"the device ran out of memory: {str(error).splitlines()[0]}").info
+    if isinstance(error, OSError):
+        return JobFailed(
+            f"the disk refused: {error.strerror or error}",
+            code="storage_failed",
+            cure="Check free space and permissions of the folders under ./models.",
+        ).info
+    return JobFailed(
+        f"an internal error: {type(error).__name__}",
+        code="internal_error",
+        cure="The host's log holds the traceback; please report it.",
+    ).info
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
