@@ -34,6 +34,7 @@ class Settings(Hyperparameters, BaseSettings):
     huggingface_token: str | None = None
     default_base_model: str = BUNDLED_MODEL
     default_org_id: str | None = None
+    host_module: str = "repertory.model.host"  # what a host process runs; tests put the fake one here
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it
 

@@ -1,0 +1,77 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.concurrency import run_in_threadpool
+
+from repertory.service.api import errors, inference, training
+from repertory.service.api.deps import strict_query
+from repertory.service.api.envelope import Envelope
+from repertory.service.api.schemas import EvaluateModel, Generate, StartTraining, WhichModel
+from repertory.service.service import Service
+from repertory.settings import Settings
+
+PREFIX = "/api/v1"
+BODIES: dict[str, type[BaseModel]] = {
+    f"{PREFIX}/training/start": StartTraining,
+    f"{PREFIX}/training/evaluate": EvaluateModel,
+    f"{PREFIX}/generate": Generate,
+    f"{PREFIX}/models/load": WhichModel,
+    f"{PREFIX}/models/unload": WhichModel,
+}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service behind HTTP. Raises what `Service` does if the database cannot be used."""
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await run_in_threadpool(service.stop)
+
+    # The pages of /docs and /redoc load their scripts from elsewhere, so they stay blank on a machine without network.
+    app = FastAPI(
+        title="Repertory",
+        version=version("repertory"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for router in (training.router, inference.router):
+        app.include_router(router, prefix=PREFIX, dependencies=[Depends(strict_query)])
+    errors.install(app)
+    app.add_middleware(Envelope, settings=settings)
+    _describe_bodies(app)
+    return app
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Bodies are parsed by our own dependency, so FastAPI has to be told of them for /openapi.json."""
+    generated = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = generated()
+            references, definitions = models_json_schema(
+                [(model, "validation") for model in dict.fromkeys(BODIES.values())],
+                ref_template="#/components/schemas/{model}",
+            )
+            schema["components"]["schemas"] |= definitions["$defs"]
+            for path, model in BODIES.items():
+                content = {"application/json": {"schema": references[model, "validation"]}}
+                schema["paths"][path]["post"]["requestBody"] = {"content": content, "required": model is not WhichModel}
+        return app.openapi_schema or schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,342 @@
+"""/api/v1/generate, /api/v1/models and /api/v1/health."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, TokenChunk
+from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unavailable
+from repertory.service.api.body import body_of, optional_body_of
+from repertory.service.api.deps import ModelIdQuery, OrgIdPath, OrgIdQuery, ServiceDep, organisation
+from repertory.service.api.errors import error_body
+from repertory.service.api.schemas import (
+    Generate,
+    Generated,
+    Health,
+    HostSummary,
+    JobError,
+    ListedModel,
+    ModelInfo,
+    ModelList,
+    ModelLoaded,
+    ModelUnloaded,
+    WhichModel,
+)
+from repertory.service.hosts import Host
+from repertory.service.models import BASE, LATEST, Version
+from repertory.service.service import Service
+from repertory.settings import Settings
+
+router = APIRouter(tags=["inference"])
+
+FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """Who answers: a version of an organisation's voice, or the bare base."""
+
+    org_id: str
+    key: BaseKey
+    version: Version | None
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return None if self.version is None else self.version.adapter
+
+    def info(self, *, is_loaded: bool) -> ModelInfo:
+        if self.version is not None:
+            return model_info(self.version, is_loaded=is_loaded)
+        return ModelInfo(
+            org_id=self.org_id,
+            model_id=BASE,
+            model_path=self.key.base_model,
+            metadata=self.key.model_dump(exclude_none=True),
+            loaded=is_loaded,
+        )
+
+
+@router.post("/generate", response_model=Generated)
+async def generate(
+    request: Request,
+    service: ServiceDep,
+    body: Annotated[Generate, Depends(body_of(Generate))],
+    org_id: OrgIdQuery = None,
+) -> Generated | Response:
+    """A reply in the organisation's voice, whole or (with `stream`) as server-sent events."""
+    voice = await run_in_threadpool(_voice, service, org_id, body.model_id)
+    pieces = _reply(service, voice, _for_host(body, voice, service.settings, request.state.request_id))
+    if body.stream:
+        # With the first piece in hand, everything that can be refused has been, with a status of its own.
+        first = await _unless_disconnected(request, anext(pieces))
+        events = _events(first, pieces, voice, request.state.request_id)
+        return EventStream(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+    return await _unless_disconnected(request, _whole(pieces, voice))
+
+
+@router.post("/models/load")
+async def load(
+    service: ServiceDep,
+    body: Annotated[WhichModel, Depends(optional_body_of(WhichModel))],
+    org_id: OrgIdQuery = None,
+    model_id: ModelIdQuery = None,
+) -> ModelLoaded:
+    """Have a voice in memory before its first request, which would load it as well."""
+    wanted = _one_of("model_id", model_id, body.model_id) or LATEST
+    voice = await run_in_threadpool(_voice, service, _one_of("org_id", org_id, body.org_id), wanted)
+    with ready_host(service, voice.key) as host:
+        if voice.adapter is not None:
+            await host.client.load(voice.adapter)
+    return ModelLoaded(message="The model is in memory.", model_info=voice.info(is_loaded=True))
+
+
+@router.post("/models/unload")
+async def unload(
+    service: ServiceDep,
+    body: Annotated[WhichModel, Depends(optional_body_of(WhichModel))],
+    org_id: OrgIdQuery = None,
+    model_id: ModelIdQuery = None,
+) -> ModelUnloaded:
+    """Free the memory of an organisation's voices, or of one of them. The next request loads again."""
+    org = await run_in_threadpool(organisation, service, _one_of("org_id", org_id, body.org_id))
+    wanted = _one_of("model_id", model_id, body.model_id)
+    if wanted is None:
+        versions = await run_in_threadpool(service.models.list, org)
+    else:
+        versions = [await run_in_threadpool(service.models.find, org, wanted)]
+    await run_in_threadpool(service.hosts.refresh)
+    unloaded = 0
+    for host in service.hosts.ready():
+        for version in versions:
+            if version.training_id in host.health.adapters:
+                await host.client.unload(version.adapter)
+                unloaded += 1
+    message = "The model is no longer in memory." if unloaded else "The model was not in memory."
+    return ModelUnloaded(message=message, org_id=org)
+
+
+@router.get("/models/{org_id}/info")
+def info(service: ServiceDep, org_id: OrgIdPath) -> ModelInfo:
+    """Of the version that answers as `latest`."""
+    version = service.models.find(org_id, LATEST)
+    service.hosts.refresh()
+    return model_info(version, is_loaded=version.training_id in service.hosts.loaded_adapters())
+
+
+@router.get("/models/{org_id}/list")
+def list_models(service: ServiceDep, org_id: OrgIdPath) -> ModelList:
+    """Newest first."""
+    promoted = service.models.promoted(org_id)
+    listed = [
+        ListedModel(
+            model_id=version.training_id,
+            created_at=version.created_at,
+            promoted=promoted is not None and version.training_id == promoted.training_id,
+            metadata=version.metadata,
+        )
+        for version in service.models.list(org_id)
+    ]
+    return ModelList(org_id=org_id, models=listed, count=len(listed))
+
+
+@router.get("/health")
+def health(service: ServiceDep) -> Health:
+    device = service.hosts.device
+    failure = service.hosts.last_failure()
+    status = service.hosts.status()
+    try:
+        jobs = service.jobs.counts()
+    except SQLAlchemyError:
+        jobs, status = None, "degraded"
+    return Health(
+        status=status,
+        version=version_of("repertory"),
+        mode="open",
+        cuda_available=device is not None and device.kind == "cuda",
+        cuda_device_count=device.count if device is not None and device.kind == "cuda" else 0,
+        device=None if device is None else device.name,
+        loaded_models=len(service.hosts.loaded_adapters()),
+        hosts=[_summary(host) for host in service.hosts.all()],
+        jobs=jobs,
+        error=None if failure is None else JobError.model_validate(failure.model_dump()),
+    )
+
+
+def model_info(version: Version, *, is_loaded: bool) -> ModelInfo:
+    return ModelInfo(
+        org_id=version.org_id,
+        model_id=version.training_id,
+        model_path=str(version.folder),
+        metadata=version.metadata,
+        loaded=is_loaded,
+    )
+
+
+@contextmanager
+def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
+    """Raises Unavailable if it is not ready, whatever the reason: the request was good, and may be sent again."""
+    try:
+        host = service.hosts.acquire(key)
+    except JobFailed as error:
+        raise _unavailable(error) from error
+    try:
+        yield host
+    finally:
+        service.hosts.release(host)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, the events' source is closed at once, and the sequence stops."""
+
+    body_iterator: AsyncGenerator[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
+def _voice(service: Service, org_id: str | None, model_id: str) -> Voice:
+    org = organisation(service, org_id)
+    if model_id != BASE:
+        version = service.models.find(org, model_id)
+        return Voice(org_id=org, key=version.key, version=version)
+    promoted = service.models.promoted(org)
+    if promoted is not None:
+        return Voice(org_id=org, key=promoted.key, version=None)  # the base of their voice, to compare with
+    settings = service.settings
+    try:
+        key = service.hosts.key(settings.default_base_model, settings.hyperparameters)
+    except JobFailed as error:
+        raise _unavailable(error) from error
+    return Voice(org_id=org, key=key, version=None)
+
+
+def _for_host(body: Generate, voice: Voice, settings: Settings, request_id: str) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id,
+        org_id=voice.org_id,
+        adapter=voice.adapter,
+        messages=body.messages,
+        temperature=settings.temperature if body.temperature is None else body.temperature,
+        top_p=settings.top_p if body.top_p is None else body.top_p,
+        top_k=settings.top_k if body.top_k is None else body.top_k,
+        max_tokens=settings.max_new_tokens if body.max_tokens is None else body.max_tokens,
+        stop=body.stop,
+        seed=body.seed,
+    )
+
+
+async def _reply(service: Service, voice: Voice, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+    with ready_host(service, voice.key) as host:
+        async with aclosing(host.client.generate(request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
+    text = ""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            text += piece.text
+            if piece.finish_reason is not None and piece.usage is not None:
+                return Generated(
+                    response=text,
+                    finish_reason=piece.finish_reason,
+                    usage=piece.usage,
+                    model_info=voice.info(is_loaded=True),
+                )
+    raise AssertionError("a host client ends with a finish_reason or an error")
+
+
+async def _events(
+    first: TokenChunk, rest: AsyncGenerator[TokenChunk], voice: Voice, request_id: str
+) -> AsyncGenerator[str]:
+    async with aclosing(rest):
+        try:
+            async for piece in _chain(first, rest):
+                if piece.text:
+                    yield _event({"text": piece.text})
+                if piece.finish_reason is not None and piece.usage is not None:
+                    yield _event(
+                        {
+                            "done": True,
+                            "finish_reason": piece.finish_reason,
+                            "usage": piece.usage.model_dump(),
+                            "model_info": voice.info(is_loaded=True).model_dump(mode="json"),
+                        }
+                    )
+            yield "data: [DONE]\n\n"
+        except RepertoryError as error:
+            yield _event(error_body(error.info, request_id))
+
+
+async def _chain(first: TokenChunk, rest: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work while the caller is there; when the connection closes, stop it."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _one_of(name: str, in_query: str | None, in_body: str | None) -> str | None:
+    if in_query is not None and in_body is not None and in_query != in_body:
+        raise InvalidInput(
+            f"{name} differs between the query and the body.", cure="Send it in one of the two places.", param=name
+        )
+    return in_query if in_query is not None else in_body
+
+
+def _unavailable(error: JobFailed) -> Unavailable:
+    return Unavailable(error.message, code=error.code, cure=error.cure, retry_after_seconds=FAILED_HOST_RETRY_SECONDS)
+
+
+def _summary(host: Host) -> HostSummary:
+    return HostSummary(
+        base_model=host.base_model,
+        quantization=None if host.key is None else host.key.quantization,
+        dtype=None if host.key is None else host.key.dtype,
+        state="ready" if host.is_ready else "starting",
+        phase="" if host.is_ready else host.phase,
+        adapters=len(host.health.adapters),
+        running=host.health.running,
+        waiting=host.health.waiting,
+        runs=len(host.health.runs),
+        memory_bytes=host.health.memory_bytes,
+    )

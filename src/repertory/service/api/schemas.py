@@ -1,0 +1,190 @@
+"""The bodies of the native API, as design section 5 has them. Responses may grow; requests refuse what is unknown."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from repertory.contracts import Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
+from repertory.data.conversations import CleanText, Conversation, Message, SpokenText
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HistoryMessage(Message):
+    role: Literal["user", "assistant"]  # the instructions have a field of their own: system_prompt
+
+
+class StartTraining(Request):
+    org_id: OrgId
+    base_model: str | None = None
+    conversations: list[Conversation] = Field(min_length=1)
+    validation_split: float | None = Field(None, ge=0, lt=1)
+    num_epochs: int | None = Field(None, ge=1, le=100)  # short for hyperparameters.num_train_epochs
+    hyperparameters: Hyperparameters = Hyperparameters()
+    system_prompt: SpokenText | None = None
+    name: CleanText | None = Field(None, max_length=200)
+
+    @model_validator(mode="after")
+    def one_number_of_epochs(self) -> StartTraining:
+        both = (self.num_epochs, self.hyperparameters.num_train_epochs)
+        if None not in both and both[0] != both[1]:
+            raise ValueError("num_epochs and hyperparameters.num_train_epochs differ; send one of them")
+        return self
+
+    @property
+    def requested(self) -> Hyperparameters:
+        if self.num_epochs is None:
+            return self.hyperparameters
+        return self.hyperparameters.model_copy(update={"num_train_epochs": self.num_epochs})
+
+
+class TrainingStarted(BaseModel):
+    training_id: str
+    org_id: str
+    status: str
+    progress: float
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+    cure: str
+
+
+class TrainingStatus(BaseModel):
+    training_id: str
+    org_id: str
+    status: str
+    progress: float
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    error: JobError | None
+    metadata: dict[str, Any]
+
+
+class TrainingJobs(BaseModel):
+    jobs: list[TrainingStatus]
+
+
+class TrainingCancelled(BaseModel):
+    message: str
+    training_id: str
+
+
+class EvaluateModel(Request):
+    org_id: OrgId
+    model_id: str = "latest"
+    test_prompts: list[TestPrompt] = Field([], max_length=100)
+    conversations: list[Conversation] | None = Field(None, min_length=1)  # scored instead of the held-out ones
+
+
+class ModelEvaluated(BaseModel):
+    model_path: str
+    model_id: str
+    metrics: Evaluation
+
+
+def _as_list(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Generate(Request):
+    system_prompt: CleanText | None = (
+        None  # blank is the same as not sent: then the one recorded with the model is used
+    )
+    history: list[HistoryMessage] | None = None
+    message: SpokenText
+    temperature: float | None = Field(None, ge=0, le=2)  # 0: greedy
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)  # 0: no limit
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    stop: Annotated[list[Annotated[CleanText, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list)] = Field(
+        [], max_length=16
+    )
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stream: bool = False
+    model_id: str = "latest"
+
+    @property
+    def messages(self) -> list[Message]:
+        spoken = [*(self.history or []), Message(role="user", content=self.message)]
+        if self.system_prompt is None or not self.system_prompt.strip():
+            return spoken
+        return [Message(role="system", content=self.system_prompt), *spoken]
+
+
+class ModelInfo(BaseModel):
+    org_id: str
+    model_id: str
+    model_path: str
+    metadata: dict[str, Any]
+    loaded: bool
+
+
+class Generated(BaseModel):
+    response: str
+    finish_reason: str
+    usage: Usage
+    model_info: ModelInfo
+
+
+class WhichModel(Request):
+    """The body of load and unload; the query may say the same."""
+
+    org_id: OrgId | None = None
+    model_id: str | None = None
+
+
+class ModelLoaded(BaseModel):
+    message: str
+    model_info: ModelInfo
+
+
+class ModelUnloaded(BaseModel):
+    message: str
+    org_id: str
+
+
+class ListedModel(BaseModel):
+    model_id: str
+    created_at: datetime
+    promoted: bool
+    metadata: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    org_id: str
+    models: list[ListedModel]
+    count: int
+
+
+class HostSummary(BaseModel):
+    base_model: str
+    quantization: str | None
+    dtype: str | None
+    state: Literal["ready", "starting"]
+    phase: str
+    adapters: int
+    running: int  # replies being written
+    waiting: int  # requests in its queue
+    runs: int  # trainings
+    memory_bytes: int
+
+
+class Health(BaseModel):
+    status: Literal["starting", "healthy", "degraded"]
+    version: str
+    mode: Literal["open"]  # no API key is set up: whoever reaches the port may use it
+    cuda_available: bool
+    cuda_device_count: int
+    device: str | None  # None until the first host has looked
+    loaded_models: int  # adapters in memory
+    hosts: list[HostSummary]
+    jobs: dict[str, int] | None  # by status, those that have not ended; None if the database does not answer
+    error: JobError | None  # why the last host could not be

@@ -1,0 +1,164 @@
+"""/api/v1/training: start, watch, measure and cancel."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Depends, Header, Response
+from starlette.concurrency import run_in_threadpool
+
+from repertory.contracts import EvaluateRequest
+from repertory.errors import InvalidInput
+from repertory.service.api.body import body_of
+from repertory.service.api.deps import OrgIdPath, ServiceDep
+from repertory.service.api.inference import ready_host
+from repertory.service.api.schemas import (
+    EvaluateModel,
+    JobError,
+    ModelEvaluated,
+    StartTraining,
+    TrainingCancelled,
+    TrainingJobs,
+    TrainingStarted,
+    TrainingStatus,
+)
+from repertory.service.base_model import allowed_base_model
+from repertory.service.jobs import FEW_CONVERSATIONS, Job, JobConfig, Status, Submission, request_hash
+from repertory.service.models import BASE
+from repertory.settings import Settings
+
+router = APIRouter(prefix="/training", tags=["training"])
+
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@router.post("/start")
+def start(
+    service: ServiceDep,
+    response: Response,
+    body: Annotated[StartTraining, Depends(body_of(StartTraining))],
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> TrainingStarted:
+    """Accept a job. Once this is answered, the job survives a restart, a crash and a power cut."""
+    if idempotency_key is not None and not IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise InvalidInput(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters.",
+            cure="Use a UUID.",
+            param="Idempotency-Key",
+        )
+    accepted = service.jobs.submit(_submission(body, service.settings, idempotency_key))
+    service.dispatcher.wake()
+    if accepted.is_replay:
+        response.headers["idempotent-replayed"] = "true"
+    # As the first answer was, even if the job has run since.
+    job = accepted.job
+    return TrainingStarted(training_id=job.id, org_id=job.org_id, status=Status.QUEUED, progress=0.0)
+
+
+@router.get("/status/{training_id}")
+def status(service: ServiceDep, training_id: str) -> TrainingStatus:
+    job = service.jobs.get(training_id)
+    return _status(job, service.jobs.queue_positions() if job.status == Status.QUEUED else {})
+
+
+@router.get("/jobs/{org_id}")
+def jobs(service: ServiceDep, org_id: OrgIdPath) -> TrainingJobs:
+    """Newest first."""
+    positions = service.jobs.queue_positions()
+    return TrainingJobs(jobs=[_status(job, positions) for job in service.jobs.of_organisation(org_id)])
+
+
+@router.delete("/jobs/{training_id}")
+async def cancel(service: ServiceDep, training_id: str) -> TrainingCancelled:
+    """Answered when the run has really stopped."""
+    # With a limiter of its own: however many wait here, the threads that answer other requests stay free.
+    await anyio.to_thread.run_sync(service.dispatcher.cancel, training_id, limiter=anyio.CapacityLimiter(1))
+    return TrainingCancelled(message="The training is cancelled.", training_id=training_id)
+
+
+@router.post("/evaluate")
+async def evaluate(
+    service: ServiceDep, body: Annotated[EvaluateModel, Depends(body_of(EvaluateModel))]
+) -> ModelEvaluated:
+    """Perplexity of base and voice, and their replies to the test prompts side by side."""
+    if body.model_id == BASE:
+        raise InvalidInput(
+            "The bare base model has no held-out conversations.",
+            cure="Name a trained model; its evaluation has the base's figures beside its own.",
+            param="model_id",
+        )
+    version = await run_in_threadpool(service.models.find, body.org_id, body.model_id)
+    held_out = service.datasets.conversations_path(version.org_id, version.training_id)
+    request = EvaluateRequest(
+        org_id=version.org_id,
+        adapter=version.adapter,
+        conversations_path=str(held_out) if body.conversations is None else None,
+        conversations=body.conversations,
+        test_prompts=body.test_prompts,
+    )
+    with ready_host(service, version.key) as host:
+        metrics = await host.client.evaluate(request)
+    return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
+
+
+def _submission(body: StartTraining, settings: Settings, idempotency_key: str | None) -> Submission:
+    sent = len(body.conversations)
+    if sent < settings.min_training_samples:
+        raise InvalidInput(
+            f"{sent} conversations were sent and {settings.min_training_samples} are needed.",
+            code="too_few_conversations",
+            cure="Send more conversations, or lower MIN_TRAINING_SAMPLES.",
+            param="conversations",
+        )
+    base_model = settings.default_base_model
+    if body.base_model is not None:
+        base_model = allowed_base_model(body.base_model, settings)
+    split = settings.validation_split if body.validation_split is None else body.validation_split
+    metadata: dict[str, Any] = {
+        "base_model": base_model,
+        "requested": body.requested.model_dump(mode="json", exclude_none=True),
+        "conversations": sent,
+        "validation_split": split,
+        "warnings": [],
+    }
+    if body.name is not None:
+        metadata["name"] = body.name
+    if sent < FEW_CONVERSATIONS:
+        metadata["warnings"].append(
+            f"Only {sent} of the {FEW_CONVERSATIONS} or more conversations that it usually takes to catch a voice."
+        )
+    config = JobConfig(
+        hyperparameters=body.requested.over(settings.hyperparameters),
+        validation_split=split,
+        system_prompt=body.system_prompt,
+    )
+    return Submission(
+        org_id=body.org_id,
+        base_model=base_model,
+        config=config,
+        conversations=body.conversations,
+        metadata=metadata,
+        request_hash=request_hash(body.model_dump_json()),
+        idempotency_key=idempotency_key,
+    )
+
+
+def _status(job: Job, queue_positions: dict[str, int]) -> TrainingStatus:
+    metadata = dict(job.metadata)
+    if job.id in queue_positions:
+        metadata["queue_position"] = queue_positions[job.id]
+    if job.waiting_for is not None:
+        metadata["waiting_for"] = job.waiting_for
+    return TrainingStatus(
+        training_id=job.id,
+        org_id=job.org_id,
+        status=job.status,
+        progress=job.progress,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        completed_at=job.completed_at,
+        error=None if job.error is None else JobError.model_validate(job.error.model_dump()),
+        metadata=metadata,
+    )

@@ -1,0 +1,341 @@
+"""Training jobs as rows: how they are accepted, read, taken and cancelled.
+
+    queued ─> preparing ─> running ─> evaluating ─> completed
+       ^          └───────────┴────────────┴──────> failed | cancelled
+       └── requeued when the host or the service died
+
+Between `claim` and its end, a job's row is written only through its `Lease`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from repertory.contracts import Hyperparameters
+from repertory.data.conversations import Conversation
+from repertory.errors import Conflict, ErrorInfo, InvalidInput, NotFound
+from repertory.service.datasets import Datasets
+from repertory.service.store import Store, job_events, jobs, now, organisations
+
+FEW_CONVERSATIONS = 100  # below this a voice is seldom caught, and the job says so
+
+
+class Status(StrEnum):
+    QUEUED = "queued"  #: waits for its turn, or for a host
+    PREPARING = "preparing"  #: a host has it and reads its conversations
+    RUNNING = "running"  #: it learns
+    EVALUATING = "evaluating"  #: the voice is measured against the base
+    COMPLETED = "completed"  #: the version is published
+    FAILED = "failed"  #: `error` says why and what to do
+    CANCELLED = "cancelled"  #: stopped on request
+
+
+ACTIVE = (Status.PREPARING, Status.RUNNING, Status.EVALUATING)  # some process holds the lease
+TERMINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)  # never left again
+
+
+class JobConfig(BaseModel):
+    """What was asked for, frozen at the submit: later changes of the settings do not change a job half-way."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hyperparameters: Hyperparameters  # the caller's, and where unset the operator's
+    validation_split: float
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    id: str
+    org_id: str
+    base_model: str
+    config: JobConfig
+    status: Status
+    progress: float
+    metadata: dict[str, Any]  # grows as the run tells its story
+    error: ErrorInfo | None
+    waiting_for: str | None
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    lease_epoch: int
+    attempts: int
+    cancel_requested: bool
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
+
+    @staticmethod
+    def from_row(row: Row[Any]) -> Job:
+        return Job(
+            id=row.id,
+            org_id=row.org_id,
+            base_model=row.base_model,
+            config=JobConfig.model_validate(row.config),
+            status=Status(row.status),
+            progress=row.progress,
+            metadata=row.metadata,
+            error=None if row.error is None else ErrorInfo.model_validate(row.error),
+            waiting_for=row.waiting_for,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            completed_at=row.completed_at,
+            lease_epoch=row.lease_epoch,
+            attempts=row.attempts,
+            cancel_requested=row.cancel_requested,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A validated request for a job."""
+
+    org_id: str
+    base_model: str
+    config: JobConfig
+    conversations: Sequence[Conversation]
+    metadata: dict[str, Any]  # what the status shows from the start
+    request_hash: str  # sha256 of the request, to tell a repetition from another request under the same key
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    job: Job
+    is_replay: bool  # an earlier request with the same idempotency key had made it
+
+
+class Jobs:
+    def __init__(self, store: Store, datasets: Datasets) -> None:
+        self._store = store
+        self._datasets = datasets
+
+    def submit(self, submission: Submission) -> Accepted:
+        """Once this returns, the job survives whatever happens to the process or the machine's power."""
+        earlier = self._earlier(submission)
+        if earlier is not None:
+            return Accepted(job=earlier, is_replay=True)
+        job_id = f"train_{secrets.token_hex(8)}"
+        self._datasets.write_pending(submission.org_id, job_id, submission.conversations)
+        try:
+            with self._store.write() as connection:
+                _ensure_organisation(connection, submission.org_id)
+                _insert_job(connection, job_id, submission)
+                enter(connection, job_id, Status.QUEUED)
+        except IntegrityError:
+            self._datasets.discard_pending(submission.org_id, job_id)
+            earlier = self._earlier(submission)  # the same request came twice at once, and the other one was faster
+            if earlier is None:
+                raise
+            return Accepted(job=earlier, is_replay=True)
+        self._datasets.conversations_path(submission.org_id, job_id)
+        return Accepted(job=self.get(job_id), is_replay=False)
+
+    def get(self, job_id: str) -> Job:
+        with self._store.read() as connection:
+            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise NotFound(
+                "There is no such training job.",
+                code="training_not_found",
+                cure="List the jobs of the organisation with GET /api/v1/training/jobs/{org_id}.",
+                param="training_id",
+            )
+        return Job.from_row(row)
+
+    def exists(self, job_id: str) -> bool:
+        with self._store.read() as connection:
+            return connection.execute(select(jobs.c.id).where(jobs.c.id == job_id)).one_or_none() is not None
+
+    def of_organisation(self, org_id: str) -> list[Job]:
+        """Newest first."""
+        newest_first = select(jobs).where(jobs.c.org_id == org_id).order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+        with self._store.read() as connection:
+            return [Job.from_row(row) for row in connection.execute(newest_first)]
+
+    def queue(self) -> list[Job]:
+        """The queued jobs in the order of their turns."""
+        with self._store.read() as connection:
+            return [Job.from_row(row) for row in connection.execute(_in_turn(select(jobs)))]
+
+    def queue_positions(self) -> dict[str, int]:
+        """Of each queued job; 1 is next."""
+        with self._store.read() as connection:
+            ids = connection.execute(_in_turn(select(jobs.c.id))).scalars().all()
+        return {job_id: position for position, job_id in enumerate(ids, start=1)}
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs are in each status that is not terminal."""
+        counted = select(jobs.c.status, func.count()).where(jobs.c.status.not_in(TERMINAL)).group_by(jobs.c.status)
+        with self._store.read() as connection:
+            found = {row[0]: row[1] for row in connection.execute(counted)}
+        return {status: found.get(status, 0) for status in (Status.QUEUED, *ACTIVE)}
+
+    def claim(self, job_id: str, owner: str) -> Job | None:
+        """Take a queued job, or None if it is no longer there to be taken. Its new `lease_epoch` is the claim's."""
+        with self._store.write() as connection:
+            taken = connection.execute(
+                update(jobs)
+                .where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED, jobs.c.cancel_requested.is_(False))
+                .values(lease_epoch=jobs.c.lease_epoch + 1, lease_owner=owner, heartbeat_at=now(), waiting_for=None)
+                .returning(jobs)
+            ).one_or_none()
+            if taken is None:
+                return None
+            connection.execute(
+                update(organisations).where(organisations.c.org_id == taken.org_id).values(last_run_at=now())
+            )
+            enter(connection, job_id, Status.PREPARING, started_at=taken.started_at or now())
+        return self.get(job_id)
+
+    def wait(self, job: Job, reason: str) -> None:
+        """Say why a queued job does not run yet."""
+        if job.waiting_for == reason:
+            return
+        with self._store.write() as connection:
+            connection.execute(
+                update(jobs).where(jobs.c.id == job.id, jobs.c.status == Status.QUEUED).values(waiting_for=reason)
+            )
+
+    def fail_queued(self, job_id: str, error: ErrorInfo) -> None:
+        """End a job that no host can ever run."""
+        with self._store.write() as connection:
+            queued = select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED).with_for_update()
+            if connection.execute(queued).one_or_none() is not None:
+                enter(connection, job_id, Status.FAILED, error=error.model_dump(mode="json"))
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a queued job at once; of an active one, ask that its run be stopped.
+
+        Raises Conflict if the job has completed or failed. Cancelling a cancelled job changes nothing.
+        """
+        with self._store.write() as connection:
+            found = connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+            if found is not None and found.status == Status.QUEUED:
+                enter(connection, job_id, Status.CANCELLED, cancel_requested=True)
+            elif found is not None and found.status in ACTIVE:
+                connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True))
+        job = self.get(job_id)
+        if job.status in (Status.COMPLETED, Status.FAILED):
+            raise Conflict(
+                f"The job has {job.status} already and cannot be cancelled.",
+                code="job_terminal",
+                cure="Nothing is left to stop. A completed model stays until it is replaced by a newer one.",
+                param="training_id",
+            )
+        return job
+
+    def recover(self, owner: str) -> list[str]:
+        """At start: put the jobs of processes that are gone back into the queue. Returns their ids.
+
+        Only for a process that knows it is alone on the database.
+        """
+        with self._store.write() as connection:
+            orphans = connection.execute(
+                select(jobs).where(jobs.c.status.in_(ACTIVE), jobs.c.lease_owner != owner).with_for_update()
+            ).all()
+            for orphan in orphans:
+                if orphan.cancel_requested:
+                    enter(connection, orphan.id, Status.CANCELLED)
+                else:
+                    requeue(connection, orphan.id, "the service was restarted")
+        self._datasets.sweep(self.exists)
+        return [orphan.id for orphan in orphans]
+
+    def _earlier(self, submission: Submission) -> Job | None:
+        """The job that an earlier request with the same idempotency key has made."""
+        if submission.idempotency_key is None:
+            return None
+        with self._store.read() as connection:
+            row = connection.execute(
+                select(jobs).where(
+                    jobs.c.org_id == submission.org_id, jobs.c.idempotency_key == submission.idempotency_key
+                )
+            ).one_or_none()
+        if row is None:
+            return None
+        if row.request_hash != submission.request_hash:
+            raise InvalidInput(
+                "This Idempotency-Key was used with another request before.",
+                code="idempotency_key_reused",
+                cure="Use a new key for a new request, and the old one only to repeat the old request unchanged.",
+                param="Idempotency-Key",
+            )
+        return Job.from_row(row)
+
+
+def enter(
+    connection: Connection, job_id: str, status: Status, *, note: dict[str, Any] | None = None, **values: Any
+) -> None:
+    """One transition: the row and its event, in one transaction. Whoever calls holds the row and knows it may."""
+    if status in TERMINAL:
+        values |= {"completed_at": now(), "lease_owner": None, "waiting_for": None}
+    connection.execute(update(jobs).where(jobs.c.id == job_id).values(status=status, **values))
+    tell(connection, job_id, status, note or {})
+
+
+def requeue(connection: Connection, job_id: str, reason: str, **values: Any) -> None:
+    enter(connection, job_id, Status.QUEUED, note={"reason": reason}, lease_owner=None, **values)
+
+
+def tell(connection: Connection, job_id: str, kind: str, data: dict[str, Any]) -> None:
+    """Add an event. Sequence numbers have no gaps because whoever calls holds the job's row."""
+    last = select(func.coalesce(func.max(job_events.c.seq), 0)).where(job_events.c.job_id == job_id)
+    seq = connection.execute(last).scalar_one() + 1
+    connection.execute(insert(job_events).values(job_id=job_id, seq=seq, at=now(), kind=kind, data=data))
+
+
+def request_hash(canonical_request: str) -> str:
+    return hashlib.sha256(canonical_request.encode()).hexdigest()
+
+
+def _in_turn(query: Select[Any]) -> Select[Any]:
+    """Interrupted jobs first, since they have had their turn; then the organisation that ran least recently."""
+    return (
+        query.join(organisations, organisations.c.org_id == jobs.c.org_id)
+        .where(jobs.c.status == Status.QUEUED)
+        .order_by(
+            jobs.c.started_at.is_(None),
+            organisations.c.last_run_at.asc().nulls_first(),
+            jobs.c.created_at,
+            jobs.c.id,
+        )
+    )
+
+
+def _ensure_organisation(connection: Connection, org_id: str) -> None:
+    present = select(organisations.c.org_id).where(organisations.c.org_id == org_id)
+    if connection.execute(present).one_or_none() is None:
+        connection.execute(insert(organisations).values(org_id=org_id, created_at=now()))
+
+
+def _insert_job(connection: Connection, job_id: str, submission: Submission) -> None:
+    connection.execute(
+        insert(jobs).values(
+            id=job_id,
+            org_id=submission.org_id,
+            base_model=submission.base_model,
+            config=submission.config.model_dump(mode="json", exclude_none=True),
+            status=Status.QUEUED,
+            progress=0.0,
+            metadata=submission.metadata,
+            created_at=now(),
+            lease_epoch=0,
+            heartbeat=0,
+            attempts=0,
+            cancel_requested=False,
+            idempotency_key=submission.idempotency_key,
+            request_hash=submission.request_hash,
+        )
+    )

@@ -1,0 +1,141 @@
+"""Model versions: one for each completed job, with the one promoted for each organisation.
+
+A version is visible while its folder's manifest verifies, so visible means loadable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Row, Select, select
+
+from repertory import manifest
+from repertory.contracts import AdapterRef, BaseKey
+from repertory.errors import NotFound, Unavailable
+from repertory.service.store import Store, model_versions, organisations
+
+LATEST = "latest"  # the promoted version
+BASE = "base"  # the bare base model
+
+# What a folder looked like when it was verified: name, time of change and size of each file.
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One immutable voice of one organisation."""
+
+    training_id: str
+    org_id: str
+    created_at: datetime
+    key: BaseKey  # it is served on this base alone
+    folder: Path
+    metadata: dict[str, Any]
+
+    @property
+    def adapter(self) -> AdapterRef:
+        return AdapterRef(org_id=self.org_id, training_id=self.training_id, path=str(self.folder.resolve()))
+
+
+class Models:
+    def __init__(self, store: Store, root: Path) -> None:
+        self._store = store
+        self._root = root
+        self._verified: dict[Path, Fingerprint] = {}
+
+    def folder(self, org_id: str, training_id: str) -> Path:
+        return self._root / org_id / training_id
+
+    def list(self, org_id: str) -> list[Version]:
+        """Newest first, without those whose folder is damaged."""
+        newest_first = _of_organisation(org_id).order_by(model_versions.c.created_at.desc())
+        with self._store.read() as connection:
+            versions = [self._version(row) for row in connection.execute(newest_first)]
+        return [version for version in versions if self._damage(version) is None]
+
+    def find(self, org_id: str, model_id: str) -> Version:
+        """The version, whole and ready to be loaded. Raises NotFound, or Unavailable if its folder is damaged."""
+        wanted = _of_organisation(org_id)
+        if model_id == LATEST:
+            wanted = wanted.join(organisations, organisations.c.promoted == model_versions.c.training_id)
+        else:
+            wanted = wanted.where(model_versions.c.training_id == model_id)
+        with self._store.read() as connection:
+            row = connection.execute(wanted).one_or_none()
+        if row is None:
+            raise _not_found(model_id)
+        version = self._version(row)
+        damage = self._damage(version)
+        if damage is not None:
+            raise Unavailable(
+                f"The files of this model are damaged: {damage}.",
+                code="adapter_damaged",
+                cure="Restore its folder from a backup, or train again; other versions can be named by their model_id.",
+                param="model_id",
+                retry_after_seconds=60.0,
+            )
+        return version
+
+    def promoted(self, org_id: str) -> Version | None:
+        """The version to compare a new one with, if there is one that works."""
+        try:
+            return self.find(org_id, LATEST)
+        except (NotFound, Unavailable):
+            return None
+
+    def organisations(self) -> set[str]:
+        """Those that have a model."""
+        with self._store.read() as connection:
+            return set(connection.execute(select(model_versions.c.org_id).distinct()).scalars())
+
+    def _version(self, row: Row[Any]) -> Version:
+        return Version(
+            training_id=row.training_id,
+            org_id=row.org_id,
+            created_at=row.created_at,
+            key=BaseKey(
+                base_model=row.base_model, revision=row.revision, quantization=row.quantization, dtype=row.dtype
+            ),
+            folder=self.folder(row.org_id, row.training_id),
+            metadata=row.metadata,
+        )
+
+    def _damage(self, version: Version) -> str | None:
+        """What is wrong with the folder. Files are hashed again only after one of them has changed."""
+        fingerprint = _fingerprint(version.folder)
+        if fingerprint and self._verified.get(version.folder) == fingerprint:
+            return None
+        damage = manifest.verify(version.folder)
+        if damage is None:
+            self._verified[version.folder] = fingerprint
+        return damage
+
+
+def _of_organisation(org_id: str) -> Select[Any]:
+    return select(model_versions).where(model_versions.c.org_id == org_id)
+
+
+def _fingerprint(folder: Path) -> Fingerprint:
+    if not folder.is_dir():
+        return ()
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+
+
+def _not_found(model_id: str) -> NotFound:
+    if model_id == LATEST:
+        return NotFound(
+            "This organisation has no trained model yet.",
+            code="model_not_found",
+            cure='Train one with POST /api/v1/training/start, or ask for the bare base model with "model_id": "base".',
+            param="org_id",
+        )
+    return NotFound(
+        "This organisation has no such model.",
+        code="model_not_found",
+        cure="Choose one from GET /api/v1/models/{org_id}/list, or leave model_id out for the newest.",
+        param="model_id",
+    )

@@ -1,0 +1,83 @@
+"""The process: its settings, its port, its end."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+
+import structlog
+import uvicorn
+from pydantic import ValidationError
+
+from repertory.errors import RepertoryError
+from repertory.service import logs
+from repertory.service.api.app import create_app
+from repertory.settings import Settings, settings
+
+log = structlog.get_logger()
+
+STOP_SECONDS = 5  # for the requests that are being answered when the service is told to stop
+
+
+def serve() -> int:
+    """Run the service until it is told to stop. Returns the exit status."""
+    try:
+        present = settings()
+    except ValidationError as error:
+        return _say_no(*(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
+    logs.configure(present.log_level)
+    try:
+        listener = _listen(present)
+    except OSError as error:
+        return _say_no(
+            f"Cannot listen on {present.host}:{present.port}: {error.strerror}."
+            " Is Repertory running already? Stop that one, or choose another port: PORT=8301."
+        )
+    with listener:
+        try:
+            app = create_app(present)
+        except RepertoryError as error:
+            return _say_no(f"{error.message} {error.cure}")
+        log.info("listening", url=f"http://{present.host}:{listener.getsockname()[1]}")
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                server_header=False,
+                timeout_graceful_shutdown=STOP_SECONDS,
+            )
+        )
+        # uvicorn handles both while it runs, and raises them again afterwards: by then all is done.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _listen(present: Settings) -> socket.socket:
+    """Bound before anything else happens, so that a second service on the port touches nothing."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        present.host, present.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return str(location[0]).upper() if location else "settings"
+
+
+def _say_no(*reasons: str) -> int:
+    for reason in reasons:
+        print(f"repertory: {reason}", file=sys.stderr)
+    return 1

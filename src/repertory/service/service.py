@@ -1,0 +1,40 @@
+"""The service, assembled: store, jobs, models, hosts and the dispatcher between them."""
+
+from __future__ import annotations
+
+import structlog
+
+from repertory.service.datasets import Datasets
+from repertory.service.dispatcher import Dispatcher
+from repertory.service.hosts import Hosts
+from repertory.service.jobs import Jobs
+from repertory.service.models import Models
+from repertory.service.store import Store
+from repertory.settings import Settings
+
+log = structlog.get_logger()
+
+
+class Service:
+    def __init__(self, settings: Settings) -> None:
+        """Open the database and bring its schema up to date; nothing runs yet."""
+        self.settings = settings
+        self.store = Store(settings.database_url)
+        self.store.migrate()
+        self.datasets = Datasets(settings.dataset_dir)
+        self.jobs = Jobs(self.store, self.datasets)
+        self.models = Models(self.store, settings.finetuned_model_dir)
+        self.hosts = Hosts(settings)
+        self.dispatcher = Dispatcher(settings, self.store, self.jobs, self.datasets, self.models, self.hosts)
+
+    def start(self) -> None:
+        log.warning("open: no API key is set up, so whoever reaches this port may use it and read everything")
+        self.hosts.start()
+        self.dispatcher.start()
+
+    def stop(self) -> None:
+        """Jobs that run now stay as they are; the next start resumes them from their checkpoints."""
+        self.dispatcher.stop()
+        self.hosts.stop()
+        self.dispatcher.join()
+        self.store.close()
