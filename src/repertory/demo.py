@@ -47,7 +47,7 @@ class Lesson:
 
 
 FULL = Lesson(conversations=200, epochs=2)
-QUICK = Lesson(conversations=80, epochs=1)
+QUICK = Lesson(conversations=100, epochs=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +256,7 @@ def _wait_until_healthy(client: Client, process: ServiceProcess | None, console:
     started = time.monotonic()
     told = ""
     try:
-        with console.status("waiting for the base model") as spinner:
+        with console.status("waiting for the host") as spinner:
             while True:
                 if process is not None:
                     process.check()
@@ -295,7 +295,8 @@ def _opened_log() -> IO[bytes]:
 
 
 def _doing(health: JsonObject) -> str:
-    return str(health.get("phase") or "loading the base model")
+    phases = [str(host.get("phase") or "") for host in health.get("hosts", [])]
+    return next(filter(None, phases), "waiting for the host")
 
 
 def _introduce(pieces: list[Conversation], lesson: Lesson, console: Console) -> None:
@@ -345,7 +346,7 @@ def _look(job: JsonObject) -> Progressed:
         total_steps=metadata.get("total_steps"),
         loss=metadata.get("loss"),
         tokens_per_second=metadata.get("tokens_per_second"),
-        eta_seconds=metadata.get("eta_seconds"),
+        eta_seconds=metadata.get("eta_seconds") if metadata.get("phase") == "training" else None,
     )
 
 
