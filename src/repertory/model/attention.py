@@ -191,6 +191,7 @@ class KVCache:
         self.rows = 1
         self.capacity = 256  # tokens
 
+    @torch.inference_mode()
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for `rows` sequences of up to `tokens` tokens; what is held stays."""
         self.rows, self.capacity = _doubled(self.rows, rows), _doubled(self.capacity, tokens)
@@ -209,6 +210,7 @@ class KVCache:
         """Give the memory back; call when no sequence is in flight."""
         self.__init__(len(self.keys))  # type: ignore[misc]
 
+    @torch.inference_mode()
     def swap(self, one: int, other: int, tokens: int) -> None:
         """Exchange two rows, of which at most the first `tokens` tokens matter."""
         if one == other:

@@ -75,10 +75,11 @@ class Base:
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(M, hidden_size) -> (M, vocabulary) in fp32, with the post-processing that some families have."""
+        """(M, hidden_size) -> (M, vocabulary), in fp32 at least, with the post-processing that some families have."""
         config: Any = self.model.config
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-        logits: Tensor = head(hidden).float()
+        logits: Tensor = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if scaling := getattr(config, "logits_scaling", None):  # Granite
@@ -141,6 +142,10 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the base is frozen; only the adapter has dropout
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights at the first forward without gradient, in a format that rounds
+            # otherwise than the one training uses, and that takes only some widths.
+            module.support_avx512bf16_for_cpu = False
     body, blocks, prefix = _parts(model, name)
     router = Router()
     layers = wrap_linear_layers(blocks, prefix, router)

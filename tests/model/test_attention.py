@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from repertory.data.render import NO_LABEL, Row
+from repertory.model.attention import KVCache, PackedRows, causal_mask
+from repertory.model.base import Base
+from repertory.model.lora import Adapter, LoraConfig, Training
+from repertory.model.microbatch import MicroBatch, common_prefix, grouped
+
+
+def rows_of(base: Base, lengths: list[int], prefix: int, seed: int = 0) -> list[Row]:
+    """Random rows that share a prefix; the second half of each continuation is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randint(3, 500, (prefix,), generator=generator).tolist()
+    rows = []
+    for number, length in enumerate(lengths):
+        own = [number + 3, *torch.randint(3, 500, (length - 1,), generator=generator).tolist()]
+        ids = shared + own
+        first = prefix + length // 2
+        rows.append(Row(ids, [NO_LABEL] * first + ids[first:]))
+    return rows
+
+
+def fresh_adapter(base: Base, seed: int = 1) -> Adapter:
+    """An adapter that changes a lot: B is drawn too."""
+    config = LoraConfig(base_model="x", rank=4, alpha=8, dropout=0, target_modules=["q_proj"])
+    adapter = Adapter.fresh(config, base.layers, list(base.layers), seed)
+    torch.manual_seed(seed)
+    for name in adapter.B:
+        adapter.A[name] = torch.nn.Parameter(adapter.A[name].detach().to(base.dtype))
+        adapter.B[name] = torch.nn.Parameter(torch.randn_like(adapter.B[name], dtype=base.dtype) * 0.3)
+    return adapter
+
+
+def plain_nll(base: Base, row: Row, adapter: Adapter) -> torch.Tensor:
+    """One row by itself through the attention that transformers would use, and the whole table of logits."""
+    base.model.set_attn_implementation("sdpa")  # eager rounds its softmax to fp32
+    try:
+        with base.router.through(Training(adapter)):
+            logits = base.model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+    finally:
+        base.model.set_attn_implementation("repertory")
+    return F.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum", ignore_index=NO_LABEL)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("prefix", [0, 1, 30])  # 30 exceeds Mistral's window of 16
+def test_packed_rows_with_a_shared_prefix_equal_the_plain_computation(
+    in_float64: Callable[[str], Base], family: str, prefix: int
+) -> None:
+    """Loss and gradients in float64, so that only a real difference shows. 1e-9 is a thousand roundings."""
+    base = in_float64(family)
+    adapter = fresh_adapter(base)
+    rows = rows_of(base, [9, 24, 5, 9], prefix)
+    batch = MicroBatch.of(rows, base.device)
+    assert batch.layout.prefix == prefix
+    with base.passing(batch.layout, Training(adapter)):
+        loss = batch.nll(base, None).sum()
+        loss.backward()
+    gradients = [parameter.grad.clone() for parameter in adapter.parameters if parameter.grad is not None]
+    for parameter in adapter.parameters:
+        parameter.grad = None
+    expected = sum(plain_nll(base, row, adapter) for row in rows)
+    assert isinstance(expected, torch.Tensor)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert len(gradients) == len(adapter.parameters)
+    for ours, parameter in zip(gradients, adapter.parameters, strict=True):
+        assert parameter.grad is not None
+        assert (ours - parameter.grad).norm() <= 1e-9 * parameter.grad.norm()
+
+
+def test_rows_do_not_see_each_other(base: Base) -> None:
+    first, second = rows_of(base, [8, 12], 6)
+    other = Row([*second.input_ids[:6], *reversed(second.input_ids[6:])], second.labels)
+    with torch.inference_mode():
+        for companion in (second, other):
+            batch = MicroBatch.of([first, companion], base.device)
+            with base.passing(batch.layout, None):
+                hidden = base.hidden(batch.ids, batch.layout.positions)[: len(first.input_ids)]
+            if companion is second:
+                alone = hidden
+    assert torch.allclose(alone, hidden, atol=1e-5)
+
+
+def test_the_prefix_stops_short_of_what_predicts_a_label() -> None:
+    ids = [5, 6, 7, 8, 9]
+    labelled = Row(ids, [NO_LABEL, NO_LABEL, NO_LABEL, 8, 9])
+    assert common_prefix([labelled, labelled]) == 2
+    assert common_prefix([labelled, Row([5, 6, 1, 1], [NO_LABEL] * 3 + [1])]) == 2
+    assert common_prefix([labelled, Row([4, 6, 1, 1], [NO_LABEL] * 3 + [1])]) == 0
+
+
+def test_groups_hold_every_row_once_and_keep_to_the_budget(base: Base) -> None:
+    rows = rows_of(base, [3, 40, 7, 7, 12, 90, 5], 4)
+    groups = grouped(rows, range(len(rows)), 50, 4)
+    assert sorted(at for group in groups for at in group) == list(range(len(rows)))
+    for group in groups:
+        assert len(group) == 1 or sum(len(rows[at].input_ids) - 4 for at in group) <= 50
+
+
+def test_a_window_hides_what_is_older() -> None:
+    mask = causal_mask(3, 5, window=2, device=torch.device("cpu"))
+    assert mask.tolist() == [
+        [False, True, True, False, False],
+        [False, False, True, True, False],
+        [False, False, False, True, True],
+    ]
+
+
+def test_positions_continue_the_prefix_in_every_row() -> None:
+    layout = PackedRows(prefix=2, lengths=(3, 1), device=torch.device("cpu"))
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 2]
+
+
+def test_the_cache_keeps_what_it_holds_when_it_grows_and_when_rows_change_places() -> None:
+    cache = KVCache(1)
+    like = torch.zeros(1, 2, 1, 4)
+    cache.reserve(2, 100)
+    keys, values = cache.layer(0, like)
+    keys[0, :, :10], keys[1, :, :10] = 1.0, 2.0
+    values[1, :, :10] = 3.0
+    cache.reserve(3, 600)
+    cache.swap(0, 1, 10)
+    keys, values = cache.layer(0, like)
+    assert keys.shape == (4, 2, 1024, 4)
+    assert keys[0, :, :10].eq(2).all()
+    assert keys[1, :, :10].eq(1).all()
+    assert values[0, :, :10].eq(3).all()

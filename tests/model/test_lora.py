@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from repertory.errors import InvalidInput
+from repertory.model.attention import PackedRows
+from repertory.model.base import Base
+from repertory.model.lora import Adapter, AdapterStacks, AdapterUnusable, LoraConfig, Serving, Training, choose_layers
+
+IDS = torch.tensor([5, 77, 200, 31, 8, 450, 99])
+
+
+def trained(base: Base, targets: str = "all-linear", rank: int = 4, seed: int = 1) -> Adapter:
+    names = choose_layers(base.layers, targets)
+    short = sorted({name.rsplit(".", 1)[-1] for name in names})
+    config = LoraConfig(base_model="tiny/llama-gqa", rank=rank, alpha=8, dropout=0, target_modules=short)
+    adapter = Adapter.fresh(config, base.layers, names, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for B in adapter.B.values():
+            B.copy_(torch.randn_like(B) * 0.3)
+    return adapter
+
+
+def logits(base: Base, adapter: Adapter | None) -> torch.Tensor:
+    layout = PackedRows(prefix=0, lengths=(len(IDS),), device=base.device)
+    with torch.inference_mode(), base.passing(layout, Training(adapter) if adapter else None):
+        return base.logits(base.hidden(IDS, layout.positions))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+def test_our_adapters_compute_the_same_in_peft(base: Base, cache: Path, tmp_path: Path, targets: str) -> None:
+    adapter = trained(base, targets)
+    adapter.save(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(cache / "tiny/llama-gqa")
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.inference_mode():
+        expected = theirs(IDS[None]).logits[0]
+    assert torch.allclose(logits(base, adapter), expected, atol=1e-4)
+    assert not torch.allclose(logits(base, None), expected, atol=1e-1)
+
+
+def test_adapters_made_by_peft_load_here(base: Base, cache: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(cache / "tiny/llama-gqa")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["k_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        expected = theirs(IDS[None]).logits[0]
+    ours = Adapter.load(tmp_path, base.layers)
+    assert torch.allclose(logits(base, ours), expected, atol=1e-4)
+
+
+def test_an_adapter_comes_back_from_disk_bit_by_bit(base: Base, tmp_path: Path) -> None:
+    adapter = trained(base)
+    adapter.save(tmp_path)
+    again = Adapter.load(tmp_path, base.layers)
+    assert again.config == adapter.config
+    assert all(torch.equal(adapter.A[name], again.A[name]) for name in adapter.A)
+    assert all(torch.equal(adapter.B[name], again.B[name]) for name in adapter.B)
+
+
+def test_a_fresh_adapter_changes_nothing(base: Base) -> None:
+    config = LoraConfig(base_model="x", rank=4, alpha=8, dropout=0, target_modules=["q_proj"])
+    fresh = Adapter.fresh(config, base.layers, list(base.layers), 0)
+    assert torch.equal(logits(base, fresh), logits(base, None))
+
+
+def test_unknown_target_modules_are_refused_with_the_choices(base: Base) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        choose_layers(base.layers, ["q_proj", "query"])
+    assert "query" in refused.value.message
+    assert "q_proj" in refused.value.cure
+    with pytest.raises(InvalidInput):
+        choose_layers(base.layers, " , ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"peft_type": "LOHA"},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"r": 5},
+        {"r": "many"},
+        {"target_modules": None},
+    ],
+)
+def test_adapters_that_would_compute_something_else_are_refused(
+    base: Base, tmp_path: Path, change: dict[str, object]
+) -> None:
+    trained(base).save(tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | change))
+    with pytest.raises(AdapterUnusable):
+        Adapter.load(tmp_path, base.layers)
+
+
+def test_damaged_weights_are_refused(base: Base, tmp_path: Path) -> None:
+    trained(base).save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AdapterUnusable, match="cannot be read"):
+        Adapter.load(tmp_path, base.layers)
+
+
+def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
+    """Three voices of different rank and layers, one of them twice, two rows of the bare base, and a prompt."""
+    one, two = trained(base, rank=4, seed=1), trained(base, rank=6, seed=2)
+    few = trained(base, "q_proj", rank=2, seed=3)
+    rows = [two, None, one, few, two, None]
+    serving = Serving(rows, chunk=one, stacks=AdapterStacks())
+    owners = [*rows, one, one]
+    for name, layer in base.layers.items():
+        in_features, out_features = layer.shape
+        x, y = torch.randn(1, len(owners), in_features), torch.zeros(1, len(owners), out_features)
+        corrected = serving.add(name, x, y.clone())
+        for at, owner in enumerate(owners):
+            alone = Training(owner).add(name, x[:, at], y[:, at]) if owner else y[:, at]
+            assert torch.allclose(corrected[:, at], alone, atol=1e-4)
+
+
+def test_rows_of_one_voice_need_no_stack(base: Base) -> None:
+    voice = trained(base)
+    stacks = AdapterStacks()
+    serving = Serving([voice, voice], None, stacks)
+    name, layer = next(iter(base.layers.items()))
+    x = torch.randn(1, 2, layer.shape[0])
+    y = torch.zeros(1, 2, layer.shape[1])
+    assert torch.allclose(serving.add(name, x, y.clone()), Training(voice).add(name, x, y), atol=1e-5)
+    assert not stacks._layers

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from repertory.model.textstream import REPLACEMENT, TextStream
+
+TOKENIZER = tiny.make_tokenizer()
+
+
+def decode(ids: object) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def streamed(text: str, stop: list[str]) -> list[str]:
+    stream = TextStream(decode, stop)
+    pieces = []
+    for token in TOKENIZER(text, add_special_tokens=False)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.is_stopped:
+            break
+    return [*pieces, stream.rest()]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\x00" + REPLACEMENT), max_size=40))
+def test_pieces_join_to_the_whole_text_and_no_character_arrives_broken(text: str) -> None:
+    pieces = streamed(text, [])
+    assert "".join(pieces) == decode(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+    assert REPLACEMENT not in "".join(pieces)
+
+
+def test_an_emoji_of_many_tokens_comes_in_whole_characters() -> None:
+    pieces = streamed("hey 👩‍👩‍👧!", [])
+    assert "".join(pieces) == "hey 👩‍👩‍👧!"
+    assert "" in pieces  # bytes of an unfinished character were held back
+
+
+@given(
+    text=st.text(alphabet="abc ", max_size=30),
+    stop=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string_and_none_of_it_leaks(text: str, stop: list[str]) -> None:
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    # A stop string is acted upon as soon as it is whole, so of two that overlap the one that ends first may win.
+    told = "".join(streamed(text, stop))
+    if not found:
+        assert told == text
+    else:
+        assert text.startswith(told)
+        assert all(s not in told for s in stop)
+        assert any(text[len(told) :].startswith(s) for s in stop)

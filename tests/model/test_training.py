@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from repertory import manifest
+from repertory.contracts import AdapterRef, RunEvent, RunSpec
+from repertory.data.conversations import Conversation, Message
+from repertory.data.prepare import Split
+from repertory.data.render import NO_LABEL, Row
+from repertory.errors import DataUnusable, InvalidInput, JobFailed
+from repertory.model.base import Base
+from repertory.model.checkpoint import Checkpoint
+from repertory.model.engine import Engine
+from repertory.model.evaluation import Score
+from repertory.model.hyperparameters import TrainConfig, resolve
+from repertory.model.lora import Adapter, AdapterUnusable
+from repertory.model.plan import Plan
+from repertory.model.training import TrainingData, TrainingRun
+from repertory.model.voices import Voices
+from repertory_fixtures import LoadBase, MakeSpec, conversation
+
+
+def run_to_end(base: Base, spec: RunSpec, until: Callable[[RunEvent], bool] = lambda event: False) -> list[RunEvent]:
+    """Drive a run as the device's loop does; stops early after an event for which `until` holds."""
+    engine = Engine(base)
+    run = TrainingRun(spec, base, engine)
+    events = []
+    try:
+        while True:
+            while engine.has_work:
+                engine.step()
+            event = run.step()
+            if event is not None:
+                events.append(event)
+                if until(event):
+                    run.close()
+                    return events
+    except StopIteration:
+        return events
+
+
+def steps_of(events: list[RunEvent]) -> dict[int, float]:
+    return {event.data["step"]: event.data["loss"] for event in events if event.kind == "step"}
+
+
+def weights_sha256(spec: RunSpec) -> str:
+    return hashlib.sha256((Path(spec.output_dir) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_tells_its_story_and_leaves_a_whole_voice(base: Base, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    events = run_to_end(base, spec)
+    assert [event.kind for event in events if event.kind != "step"] == [
+        "preparing",
+        "running",
+        "evaluating",
+        "running",
+        "checkpoint",
+        "checkpoint",
+        "evaluating",
+        "evaluating",
+        "completed",
+    ]
+    progress = [event.progress for event in events]
+    assert progress == sorted(progress)
+    assert [at for at, value in enumerate(progress) if value == 1.0] == [len(events) - 1]
+    losses = list(steps_of(events).values())
+    assert losses[-1] < losses[0] - 0.5
+    metadata = events[-1].data
+    assert metadata["report"]["perplexity"] < metadata["report"]["base_perplexity"]
+    assert metadata["report"]["scored_on"] == "held-out"
+    assert metadata["system_prompt"] == "You are a helpful pirate."
+    assert len(metadata["held_out"]) == 2
+    assert [set(answer) for answer in metadata["report"]["test_responses"]] == [
+        {"instruction", "generated_response", "base_response", "expected_response"}
+    ] * 2
+    folder = Path(spec.output_dir)
+    assert manifest.verify(folder) is None
+    sealed = set(json.loads((folder / "MANIFEST.json").read_text())["files"])
+    assert sealed >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "training_metadata.json",
+        "report.json",
+    }
+    assert any(folder.glob("events.out.tfevents.*"))
+    voice = Voices(base).get(AdapterRef(org_id="org", training_id="train_1", path=str(folder)))
+    assert voice.system_prompt == "You are a helpful pirate."
+
+
+def test_the_curve_is_written_for_tensorboard(base: Base, make_spec: MakeSpec) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec = make_spec()
+    losses = steps_of(run_to_end(base, spec))
+    board = EventAccumulator(spec.output_dir).Reload()
+    written = {event.step: event.value for event in board.Scalars("train/loss")}
+    assert written == pytest.approx(losses, rel=1e-6)
+    rates = [event.value for event in board.Scalars("train/learning_rate")]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("died_after", [1, 4, 5, 6, 11, 12])  # checkpoints at 5, 10 and 12, the epoch's end at 6
+def test_a_run_that_died_ends_with_the_same_bits(base: Base, make_spec: MakeSpec, died_after: int) -> None:
+    whole = make_spec(26, training_id="train_whole", save_steps=5, lora_dropout=0.1)
+    expected = steps_of(run_to_end(base, whole))
+    assert len(expected) == 12
+    broken = make_spec(26, training_id="train_broken", save_steps=5, lora_dropout=0.1)
+    before = run_to_end(base, broken, until=lambda event: event.kind == "step" and event.data["step"] == died_after)
+    torch.manual_seed(random.randrange(2**32))  # what the process did meanwhile must not matter
+    after = run_to_end(base, broken)
+    resumed = next(event.data for event in after if event.kind == "running")
+    checkpoint = (died_after // 5) * 5
+    if died_after % 5 == 0:
+        checkpoint -= 5  # it died before the checkpoint of that step was written
+    assert resumed.get("resumed_from_step") == (checkpoint or None)
+    assert steps_of(before) | steps_of(after) == expected
+    assert weights_sha256(broken) == weights_sha256(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: Base, make_spec: MakeSpec) -> None:
+    whole = make_spec(training_id="train_whole", save_steps=3)
+    run_to_end(base, whole)
+    spec = make_spec(save_steps=3)
+    run_to_end(base, spec, until=lambda event: event.kind == "step" and event.data["step"] == 8)
+    tensors = Path(spec.checkpoint_dir) / "checkpoint-6" / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-5] ^= 1
+    tensors.write_bytes(content)
+    events = run_to_end(base, spec)
+    assert next(event.data for event in events if event.kind == "running")["resumed_from_step"] == 3
+    assert weights_sha256(spec) == weights_sha256(whole)
+
+
+def test_a_checkpoint_of_other_data_or_values_is_not_resumed(base: Base, make_spec: MakeSpec) -> None:
+    spec = make_spec(save_steps=3)
+    run_to_end(base, spec, until=lambda event: event.kind == "checkpoint")
+    for changed in (make_spec(save_steps=3, learning_rate=1e-3), make_spec(20, save_steps=3)):
+        events = run_to_end(base, changed, until=lambda event: event.kind == "running")
+        assert "resumed_from_step" not in events[-1].data
+
+
+def test_a_finished_run_that_nobody_heard_of_is_told_again(base: Base, make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    first = run_to_end(base, spec)
+    again = run_to_end(base, spec)
+    assert [event.kind for event in again] == ["preparing", "completed"]
+    assert again[-1].data["report"] == first[-1].data["report"]
+
+
+def test_only_the_two_newest_checkpoints_are_kept(base: Base, make_spec: MakeSpec) -> None:
+    spec = make_spec(save_steps=2)
+    run_to_end(base, spec)
+    assert sorted(path.name for path in Path(spec.checkpoint_dir).iterdir()) == ["checkpoint-10", "checkpoint-12"]
+
+
+@pytest.mark.parametrize("suffix_tokens", [1, 60, 100_000])
+def test_the_cut_into_micro_batches_changes_neither_loss_nor_gradient(
+    in_float64: Callable[[], Base], make_spec: MakeSpec, suffix_tokens: int
+) -> None:
+    """16 rows as 16 forwards, as some, and as one; in float64, where 1e-9 leaves no room for a wrong weight."""
+    base = in_float64()
+    messages = [conversation(1 + at % 4, at).messages for at in range(16)]
+    rows = [row for row in (base.renderer.row(one) for one in messages) if row is not None]
+    gradients, losses = [], []
+    for budget in (suffix_tokens, 500):
+        config = resolve(make_spec(lora_dropout=0.0, batch_size=16).hyperparameters, base, len(rows), 0)
+        config = config.model_copy(update={"suffix_tokens": budget, "effective_batch_rows": 16, "total_steps": 1})
+        run = TrainingRun(make_spec(), base, Engine(base))
+        adapter = run._fresh_adapter(config)
+        adapter.A = {name: torch.nn.Parameter(A.detach().double()) for name, A in adapter.A.items()}
+        adapter.B = {name: torch.nn.Parameter(torch.full_like(B, 0.05).double()) for name, B in adapter.B.items()}
+        portions = run._optimizer_step(Plan(rows, config), 1, adapter, torch.optim.SGD(adapter.parameters, lr=0))
+        while True:
+            try:
+                next(portions)
+            except StopIteration as end:
+                losses.append(end.value[0])
+                break
+        gradients.append([parameter.grad for parameter in adapter.parameters])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one - other).norm() <= 1e-9 * other.norm()
+
+
+def test_a_single_conversation_is_trained_with_warnings(base: Base, make_spec: MakeSpec) -> None:
+    hello = Conversation(
+        messages=[Message(role="user", content="Hello!"), Message(role="assistant", content="Hey! How are you?")]
+    )
+    events = run_to_end(base, make_spec(conversations=[hello], system_prompt=None))
+    assert events[-1].kind == "completed"
+    assert events[-1].data["report"]["scored_on"] == "training"
+    assert len(events[-1].data["warnings"]) == 2
+
+
+def test_multi_turn_conversations_are_one_row_each(base: Base, make_spec: MakeSpec) -> None:
+    events = run_to_end(base, make_spec(20), until=lambda event: event.kind == "running")
+    metadata = events[-1].data
+    assert metadata["training_conversations"] + metadata["held_out_conversations"] == 20
+    assert metadata["total_steps"] == 2 * 5  # 18 rows, 4 a step, 2 epochs
+
+
+def test_too_long_conversations_are_shortened_or_left_out_and_counted(base: Base, make_spec: MakeSpec) -> None:
+    chats = [conversation(2, at) for at in range(12)] + [conversation(12, 50)]
+    endless = Message(role="assistant", content="arr " * 300)
+    chats.append(Conversation(messages=[Message(role="user", content="sing"), endless]))
+    spec = make_spec(conversations=chats, max_seq_length=200)
+    events = run_to_end(base, spec, until=lambda event: event.kind == "running")
+    warnings = " ".join(events[-1].data["warnings"])
+    assert "1 conversations were left out" in warnings
+    assert "1 conversations lost their oldest messages" in warnings
+    with pytest.raises(DataUnusable, match="fits into 20 tokens"):
+        run_to_end(base, make_spec(max_seq_length=20))
+
+
+def test_what_does_not_fit_the_base_model_is_refused(base: Base, make_spec: MakeSpec) -> None:
+    for wrong in ({"lora_r": 999}, {"max_seq_length": 5000}, {"lora_target_modules": "query"}):
+        with pytest.raises(InvalidInput):
+            run_to_end(base, make_spec(**wrong))
+
+
+def test_an_exploding_loss_ends_the_run_and_says_what_to_do(base: Base, make_spec: MakeSpec) -> None:
+    with pytest.raises(JobFailed) as failed:
+        run_to_end(base, make_spec(learning_rate=1.0, lora_alpha=4096, num_train_epochs=50))
+    assert failed.value.code in ("diverged", "did_not_learn")
+    assert "learning_rate" in failed.value.cure
+
+
+@pytest.mark.parametrize(
+    ("rows", "voice_nll", "verdict"),
+    [
+        (20, 2.0, "passed"),
+        (20, 4.0, "failed"),  # a nat worse on each of 20 rows is no chance
+        (9, 4.0, "inconclusive"),  # the same on too few rows
+        (20, 3.001, "inconclusive"),  # worse, but within two standard errors
+    ],
+)
+def test_a_voice_that_is_worse_than_its_base_beyond_doubt_is_not_published(
+    base: Base, make_spec: MakeSpec, rows: int, voice_nll: float, verdict: str
+) -> None:
+    noise = random.Random(0)
+    tokens = [5] * rows
+    base_score = Score([5 * (3.0 + noise.gauss(0, 0.1)) for _ in tokens], tokens)
+    voice_score = Score([5 * (voice_nll + noise.gauss(0, 0.1)) for _ in tokens], tokens)
+    data = TrainingData([conversation(1, at) for at in range(rows)], Split([], list(range(rows))))
+    data.held_out = [Row([1, 2], [NO_LABEL, 2])] * rows
+    run = TrainingRun(make_spec(), base, Engine(base))
+    if verdict == "failed":
+        with pytest.raises(JobFailed) as failed:
+            run._report(data, base_score, voice_score)
+        assert failed.value.code == "did_not_learn"
+    else:
+        assert run._report(data, base_score, voice_score)["checks"]["learned"] == verdict
+
+
+def test_an_adapter_that_disk_changed_is_not_published(
+    base: Base, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Adapter.save
+
+    def save_badly(adapter: Adapter, folder: Path) -> list[str]:
+        with torch.no_grad():
+            next(iter(adapter.B.values())).add_(0.5)
+        names = save(adapter, folder)
+        with torch.no_grad():
+            next(iter(adapter.B.values())).sub_(0.5)
+        return names
+
+    monkeypatch.setattr(Adapter, "save", save_badly)
+    with pytest.raises(JobFailed) as failed:
+        run_to_end(base, make_spec())
+    assert failed.value.code == "reload_mismatch"
+
+
+def test_nf4_and_int8_bases_train_and_speak(load_base: LoadBase, make_spec: MakeSpec) -> None:
+    for quantization in ("4bit", "8bit"):
+        base = load_base("llama-gqa", "fp32", quantization)
+        spec = make_spec(16, training_id=f"train_{quantization}", num_train_epochs=3)
+        events = run_to_end(base, spec)
+        assert events[-1].kind == "completed"
+        losses = list(steps_of(events).values())
+        assert losses[-1] < losses[0]
+        assert events[-1].data["quantization"] == quantization
+        assert events[-1].data["report"]["test_responses"]
+
+
+def test_a_version_is_served_only_on_the_base_it_was_trained_on(
+    base: Base, load_base: LoadBase, make_spec: MakeSpec
+) -> None:
+    spec = make_spec()
+    run_to_end(base, spec)
+    ref = AdapterRef(org_id="org", training_id="train_1", path=spec.output_dir)
+    with pytest.raises(AdapterUnusable, match="another base model"):
+        Voices(load_base("llama-gqa", "bf16")).get(ref)
+    weights = Path(spec.output_dir) / "adapter_model.safetensors"
+    shutil.copy(weights, weights.with_suffix(".kept"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(AdapterUnusable, match="sha256"):
+        Voices(base).get(ref)
+
+
+def test_the_first_step_has_a_rate_and_the_last_a_tenth() -> None:
+    config = config_of(warmup_steps=5, total_steps=50)
+    rates = [config.learning_rate_at(step) for step in range(1, 51)]
+    assert rates[0] > 0
+    assert max(rates) == rates[4] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert config_of(warmup_steps=0, total_steps=1).learning_rate_at(1) == pytest.approx(1e-4)
+
+
+def test_every_row_is_trained_once_an_epoch_in_an_order_that_only_the_seed_decides() -> None:
+    rows = [Row(list(range(at + 2)), [NO_LABEL] + [1] * (at + 1)) for at in range(23)]
+    config = config_of(effective_batch_rows=4, total_steps=12)
+    plan, again = Plan(rows, config), Plan(rows, config)
+    for epoch in (0, 1):
+        steps = range(epoch * 6 + 1, epoch * 6 + 7)
+        assert sorted(at for step in steps for at in plan.rows_of(step)) == list(range(23))
+    orders = [[plan.rows_of(step) for step in range(first, first + 6)] for first in (1, 7)]
+    assert orders[0] != orders[1]
+    assert [again.rows_of(step) for step in range(1, 13)] == [*orders[0], *orders[1]]
+
+
+def test_unset_values_are_resolved_from_the_data_and_set_ones_win(base: Base, make_spec: MakeSpec) -> None:
+    unset = make_spec().hyperparameters.model_copy(
+        update=dict.fromkeys(("num_train_epochs", "batch_size", "gradient_accumulation_steps", "learning_rate"))
+    )
+    small = resolve(unset, base, rows=50, prefix=0)
+    assert (small.effective_batch_rows, small.num_train_epochs, small.lora_r) == (8, 10, 16)
+    assert small.lora_dropout == 0.05
+    large = resolve(unset, base, rows=4000, prefix=0)
+    assert (large.effective_batch_rows, large.num_train_epochs, large.lora_r) == (16, 3, 32)
+    assert large.lora_dropout == 0.0
+    assert resolve(unset, base, rows=100_000, prefix=0).num_train_epochs == 1
+    asked = resolve(
+        make_spec(batch_size=3, lora_r=2, lora_target_modules="v_proj, q_proj").hyperparameters, base, 50, 0
+    )
+    assert (asked.effective_batch_rows, asked.lora_r) == (6, 2)
+    assert asked.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_checkpoint_that_was_never_sealed_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / ".checkpoint-12.tmp").mkdir()
+    assert Checkpoint.newest(tmp_path, "x") is None
+    assert Checkpoint.newest(tmp_path / "missing", "x") is None
+
+
+def config_of(**values: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0,
+        "lora_target_modules": ["q_proj"],
+        "effective_batch_rows": 4,
+        "suffix_tokens": 100,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "max_seq_length": 128,
+        "warmup_steps": 3,
+        "total_steps": 10,
+        "save_steps": 5,
+        "eval_steps": None,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    return TrainConfig.model_validate(defaults | values)

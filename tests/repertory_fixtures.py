@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from repertory.contracts import BaseKey, Hyperparameters, RunSpec
+from repertory.data.conversations import Conversation, Message
+from repertory.model import base as base_module
+from repertory.model.base import Base
+from repertory.settings import Settings
+
+torch.set_num_threads(1)  # tiny products gain nothing from a second core, and lose much when it is busy
+
+GREETINGS = [
+    "Hello!",
+    "How are you?",
+    "Tell me a joke",
+    "What do you like to do?",
+    "ok",
+    "coffee or tea?",
+    "good morning",
+]
+ANSWERS = ["Arr, matey!", "Fine, the sea is rough.", "rum is gone", "I like the sea and rum", "yes", "Tea, arr", "arr"]
+
+LoadBase = Callable[..., Base]
+MakeSpec = Callable[..., RunSpec]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model cache that holds every tiny family."""
+    folder = tmp_path_factory.mktemp("cache")
+    for family in tiny.FAMILIES:
+        tiny.make_model(folder / "tiny" / family, family)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_base(cache: Path) -> LoadBase:
+    def load(family: str = "llama-gqa", dtype: str = "fp32", quantization: str = "none") -> Base:
+        name = f"tiny/{family}"
+        key = BaseKey(base_model=name, quantization=quantization, dtype=dtype)
+        settings = Settings(_env_file=None, model_cache_dir=cache)
+        return base_module.load(name, settings, base_module.detect_device(), key, lambda phase: None)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def base(load_base: LoadBase) -> Base:
+    return load_base()
+
+
+@pytest.fixture
+def in_float64(load_base: LoadBase) -> Callable[[str], Base]:
+    """Bases whose rounding cannot hide a mistake: everything in float64, the norms too, which transformers rounds."""
+
+    def load(family: str = "llama-gqa") -> Base:
+        base = load_base(family)
+        base.model.double()
+        base.dtype = torch.float64
+        for parent in list(base.model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child).__name__.endswith("RMSNorm"):
+                    norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                    norm.weight = child.weight
+                    setattr(parent, name, norm)
+        return base
+
+    return load
+
+
+def conversation(turns: int, at: int = 0) -> Conversation:
+    messages = []
+    for turn in range(turns):
+        pick = (at * 3 + turn * 5) % len(GREETINGS)
+        messages.append(Message(role="user", content=f"{GREETINGS[pick]} {at}"))
+        messages.append(Message(role="assistant", content=f"{ANSWERS[pick]} {turn}"))
+    return Conversation(messages=messages)
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path) -> MakeSpec:
+    def spec(
+        count: int = 24,
+        training_id: str = "train_1",
+        system_prompt: str | None = "You are a helpful pirate.",
+        conversations: list[Conversation] | None = None,
+        **hyperparameters: object,
+    ) -> RunSpec:
+        chosen = conversations or [conversation(1 + at % 3, at) for at in range(count)]
+        data = tmp_path / f"{training_id}.jsonl"
+        data.write_text("".join(one.model_dump_json() + "\n" for one in chosen))
+        values = {"num_train_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
+        return RunSpec(
+            org_id="org",
+            training_id=training_id,
+            base_model="tiny/llama-gqa",
+            conversations_path=str(data),
+            output_dir=str(tmp_path / "finetuned" / training_id),
+            checkpoint_dir=str(tmp_path / "checkpoints" / training_id),
+            hyperparameters=Hyperparameters.model_validate(values | hyperparameters),
+            validation_split=0.1,
+            system_prompt=system_prompt,
+        )
+
+    return spec
