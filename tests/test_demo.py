@@ -144,6 +144,13 @@ def test_somebody_else_on_the_port_is_told_apart(script: Script, port: int, cons
     assert demo.exit_code(taken.value) == 8
 
 
+def test_a_base_model_that_cannot_be_is_told_at_once(script: Script, port: int, console: Console) -> None:
+    script.health = {"status": "degraded", "error": {"code": "gone", "message": "no such model", "cure": "another"}}
+    with pytest.raises(RepertoryError, match="no such model") as failed:
+        demo.run(LESSON, port, console)
+    assert (failed.value.code, failed.value.cure) == ("gone", "another")
+
+
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_cancel_it(
     port: int, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

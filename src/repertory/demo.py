@@ -263,6 +263,9 @@ def _wait_until_healthy(client: Client, process: ServiceProcess | None, console:
                 health = client.health() or {}
                 if health.get("status") == "healthy":
                     break
+                if health.get("status") == "degraded" and health.get("error"):
+                    reason = ErrorInfo.model_validate(health["error"])
+                    raise ServiceUnreachable(reason.message, code=reason.code, cure=reason.cure)
                 seconds = time.monotonic() - started
                 if seconds > START_SECONDS:
                     raise ServiceUnreachable(
@@ -376,16 +379,18 @@ def _progress_shown(console: Console) -> Iterator[Show]:
 
 
 def _plain_lines(console: Console) -> Show:
+    phase = ""
     told = ""
     told_at = 0.0
 
     def show(look: Progressed) -> None:
-        nonlocal told, told_at
+        nonlocal phase, told, told_at
         now = time.monotonic()
-        if look.phase == told and now - told_at < PLAIN_LINE_SECONDS:
+        line = f"{look.phase:<12} {look.progress:4.0%}  {look.facts}".rstrip()
+        if line == told or (look.phase == phase and now - told_at < PLAIN_LINE_SECONDS):
             return
-        told, told_at = look.phase, now
-        console.print(f"{look.phase:<12} {look.progress:4.0%}  {look.facts}".rstrip(), highlight=False)
+        phase, told, told_at = look.phase, line, now
+        console.print(line, highlight=False)
 
     return show
 
