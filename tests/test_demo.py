@@ -98,7 +98,7 @@ def test_it_learns_compares_and_says_how_to_go_on(script: Script, port: int, con
         assert question in shown
     assert shown.count("[base] says hi") == shown.count("[train_1] says hi") == len(demo.QUESTIONS)
     assert f'curl -X POST "http://127.0.0.1:{port}/api/v1/generate?org_id=demo"' in shown
-    assert "It was running before" in shown
+    assert "was running before" in shown
 
 
 def test_it_submits_real_conversations(script: Script, port: int, console: Console) -> None:

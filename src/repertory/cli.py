@@ -44,6 +44,9 @@ def demo(
     lesson = demonstration.QUICK if quick else demonstration.FULL
     try:
         demonstration.run(lesson, port or machine_settings().port, Console())
+    except demonstration.Detached as left:
+        typer.echo(f"{left.message}\n{left.cure}", err=True)
+        raise typer.Exit(demonstration.exit_code(left)) from None
     except RepertoryError as error:
         complain(error)
         raise typer.Exit(demonstration.exit_code(error)) from None

@@ -437,11 +437,12 @@ def _show_replies(client: Client, training_id: str, console: Console) -> None:
 
 def _detached(client: Client, process: ServiceProcess | None, training_id: str | None) -> Detached:
     if training_id is None:
-        return Detached("stopped before anything was learned", cure="Start again with `make demo`.")
+        return Detached("Stopped before anything was learned.", cure="Start again with `make demo`.")
     return Detached(
-        f"no longer watching {training_id}; the service goes on with it in the background",
-        cure=f"Look: curl {client.url}/api/v1/training/status/{training_id}  "
-        f"Cancel: curl -X DELETE {client.url}/api/v1/training/jobs/{training_id}{_how_to_stop(process)}",
+        f"No longer watching {training_id}; the service goes on with it.",
+        cure=f"Look at it: curl {client.url}/api/v1/training/status/{training_id}\n"
+        f"Cancel it: curl -X DELETE {client.url}/api/v1/training/jobs/{training_id}\n"
+        f"{_how_to_stop(process)}",
     )
 
 
@@ -456,14 +457,14 @@ def _say_how_to_go_on(client: Client, process: ServiceProcess | None, console: C
         highlight=False,
     )
     console.print(
-        f"\nThe service keeps running at {client.url}.{_how_to_stop(process)}", soft_wrap=True, highlight=False
+        f"\nThe service keeps running at {client.url}. {_how_to_stop(process)}", soft_wrap=True, highlight=False
     )
 
 
 def _how_to_stop(process: ServiceProcess | None) -> str:
     if process is None:
-        return "  It was running before; stop it where it was started."
-    return f"  Stop it: kill {process.pid}"
+        return "The service was running before; stop it where it was started."
+    return f"Stop the service: kill {process.pid}"
 
 
 def _refusal(response: httpx.Response) -> RepertoryError:

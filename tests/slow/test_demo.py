@@ -37,7 +37,7 @@ def test_the_short_demo_keeps_its_promises(tmp_path: Path) -> None:
     seconds = time.monotonic() - started
     print(done.stdout, f"{seconds:.0f} s", sep="\n")
     assert done.returncode == 0, done.stdout + done.stderr
-    pid = int(_found(r"Stop it: kill (\d+)", done.stdout))
+    pid = int(_found(r"Stop the service: kill (\d+)", done.stdout))
     try:
         assert float(_found(r"new voice\s+│\s+([\d.]+)", done.stdout)) < float(
             _found(r"base\s+│\s+([\d.]+)", done.stdout)
