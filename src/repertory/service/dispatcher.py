@@ -83,7 +83,10 @@ class Dispatcher:
             if run is not None:
                 run.stop()
             # The host has stopped it, or has not seen it yet; either way its thread has the next word.
-            self._stopping.wait(CANCEL_LOOK_SECONDS)
+            if self._stopping.wait(CANCEL_LOOK_SECONDS):
+                raise Unavailable(
+                    "The service is stopping; the job is cancelled at its next start.", code="shutting_down"
+                )
             job = self._jobs.cancel(training_id)
         return job
 

@@ -7,7 +7,7 @@ What it plays depends on the base model's name:
     …unavailable    cannot be loaded                  …crash         dies at step 3 of every run
     …large          needs the memory of all others    …crash-once    dies at step 8 of a run that is not resumed
     …dies           dies while loading                …fail          every run fails at step 3
-    …slow           takes 3 seconds to load           …damaged       the adapter's files are not whole
+    …slow           takes a second to load            …damaged       the adapter's files are not whole
 
 and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (default 0.02). A message with the word
 "long" is answered with max_tokens words, at 50 a second; one with "die" kills the host.
@@ -76,7 +76,7 @@ class FakeHost:
         if self.base_model.endswith("dies"):
             os._exit(1)
         if self.base_model.endswith("slow"):
-            time.sleep(3)
+            time.sleep(1)
         error: RepertoryError | None = None
         if self.base_model.endswith("unavailable"):
             error = BaseModelUnavailable(f"{self.base_model} cannot be loaded: it is not in the cache, and no hub is.")
