@@ -178,18 +178,18 @@ class RunSpec(Contract):
     validation_split: float = Field(ge=0, lt=1)
     system_prompt: str | None = None
     test_prompts: list[TestPrompt] = []  # empty: taken from the held-out conversations
-    current: AdapterRef | None = None  # the organisation's promoted version, to compare with
+    current: AdapterRef | None = None  # the promoted version, to compare with, if it stands on the same base
 
 
 class RunEvent(Contract):
     """One line of a run's story. `progress` never falls and is 1.0 only with `completed`.
 
-    preparing   the run has left the queue
+    preparing   the run has left the queue; data: phase
     running     training begins; data: resolved metadata (hyperparameters, counts, resumed_from_step, warnings)
     step        one optimizer step; data: step, total_steps, epoch, loss, learning_rate, grad_norm, tokens_per_second,
                 eta_seconds
     checkpoint  data: step
-    evaluating  training is over, or the base is being measured; data: phase
+    evaluating  training is over; data: phase
     heartbeat   nothing new, but alive
     completed   data: metadata of the version, with the report; the folder at output_dir verifies
     failed      error is set

@@ -33,7 +33,7 @@ TRAINING_SHARE = 0.2  # of the device's time while requests are being answered
 log = structlog.get_logger()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     """Background work: something that is done in steps and may be given up between two of them."""
 
@@ -144,19 +144,24 @@ class DeviceLoop:
             self.engine.fail_all(_info_of(error))
 
     def _train(self) -> None:
-        task = self._tasks.popleft()
+        task = self._tasks[0]
+        self._tasks.rotate(-1)
         try:
             task.step()
         except StopIteration:
-            _free_memory()
-            return
+            self._let_go(task)
         except Exception as error:  # a run may fail in any way; the others and the requests go on
             if not isinstance(error, RepertoryError):
                 log.exception("task_failed", task=task.name)
-            _free_memory()
+            self._let_go(task)
             task.fail(_info_of(error))
-            return
-        self._tasks.append(task)
+
+    def _let_go(self, task: _Task) -> None:
+        """Forget a task, with the memory that it held."""
+        self._tasks.remove(task)
+        gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
         if spec.training_id in self.run_ids:
@@ -184,10 +189,8 @@ class DeviceLoop:
         if task is None:
             stopped.set_exception(NotFound(f"there is no run {training_id}", code="run_not_found"))
             return
-        self._tasks.remove(task)
         task.close()
-        del task
-        _free_memory()
+        self._let_go(task)
         stopped.set_result(None)
 
     def _start_evaluation(self, voice: Voice, request: EvaluateRequest, result: Future[Evaluation]) -> None:
@@ -222,9 +225,3 @@ def _info_of(error: Exception) -> ErrorInfo:
         code="internal_error",
         cure="The host's log holds the traceback; please report it.",
     ).info
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -34,10 +34,9 @@ from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix
 from repertory.model.plan import Plan, Work
-from repertory.model.voices import METADATA, key_of
+from repertory.model.voices import METADATA
 
 REPORT = "report.json"
-FEW_CONVERSATIONS = 100
 ENOUGH_HELD_OUT = 10  # rows; with fewer, a comparison of two voices is noise
 
 Story = Generator[RunEvent | None, None, None]
@@ -66,7 +65,7 @@ class TrainingRun:
     def _live(self) -> Story:
         spec, base = self.spec, self.base
         output = Path(spec.output_dir)
-        yield self._event("preparing")
+        yield self._event("preparing", phase="reading the conversations")
         if (output / MANIFEST).exists() and verify(output) is None:
             # Finished before, but nobody heard of it: the service died between our last file and its own record.
             yield self._completed(json.loads((output / METADATA).read_text()))
@@ -80,28 +79,26 @@ class TrainingRun:
             adapter.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
-        told: dict[str, Any] = {"losses": []}
+        told: dict[str, Any] = {}
         if checkpoint is not None:
             checkpoint.restore(adapter, optimizer)
             told = checkpoint.story
         done = checkpoint.step if checkpoint is not None else 0
         self.work.expect(plan, done, sum(len(row.input_ids) for row in data.held_out or data.training))
-        metadata = self._metadata(config, data, adapter, resumed_from=done if checkpoint is not None else None)
-        yield self._event("running", **metadata)
-
         scored_rows = data.held_out or data.training
         if "base_nll" not in told:
-            yield self._event("evaluating", phase="measuring the base model")
+            yield self._event("preparing", phase="measuring the base model")
             base_score = yield from self._scored(scored_rows, None)
             told["base_nll"] = base_score.row_nll
         base_score = Score(told["base_nll"], [row.trained_tokens for row in scored_rows])
 
+        metadata = self._metadata(config, data, adapter, resumed_from=done if checkpoint is not None else None)
+        yield self._event("running", phase="training", **metadata)
         output.mkdir(parents=True, exist_ok=True)
         with _tensorboard(output, done) as board:
-            yield self._event("running", phase="training")
             for step in range(done + 1, config.total_steps + 1):
                 loss, norm = yield from self._optimizer_step(plan, step, adapter, optimizer)
-                told["losses"].append(round(loss, 6))
+                told["final_loss"] = loss
                 board.add_scalar("train/loss", loss, step)
                 board.add_scalar("train/learning_rate", config.learning_rate_at(step), step)
                 board.add_scalar("train/grad_norm", norm, step)
@@ -120,7 +117,8 @@ class TrainingRun:
             voice_score = yield from self._scored(scored_rows, reloaded)
             board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
         report = self._report(data, base_score, voice_score)
-        if (current := self._current()) is not None:
+        if spec.current is not None:
+            current = Adapter.load(Path(spec.current.path), base.layers).to(base.device, torch.float32)
             current_score = yield from self._scored(scored_rows, current)
             report["current_val_nll"] = current_score.mean_nll
         yield self._event("evaluating", phase="asking base and voice")
@@ -128,8 +126,7 @@ class TrainingRun:
         serving = reloaded.to(base.device, base.dtype)
         answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
         report["test_responses"] = [response.model_dump() for response in answered]
-        metadata |= {"report": report, "final_loss": told["losses"][-1], "losses": told["losses"]}
-        metadata |= {"completed_at": datetime.now(UTC).isoformat()}
+        metadata |= {"report": report, "final_loss": told["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
         yield self._completed(metadata)
@@ -268,15 +265,6 @@ class TrainingRun:
             },
         }
 
-    def _current(self) -> Adapter | None:
-        """The organisation's present voice, if it stands on the same base model and can be compared."""
-        if self.spec.current is None:
-            return None
-        folder = Path(self.spec.current.path)
-        if key_of(json.loads((folder / METADATA).read_text())) != self.base.key:
-            return None
-        return Adapter.load(folder, self.base.layers).to(self.base.device, torch.float32)
-
     # What is told
 
     def _event(self, kind: Any, **data: Any) -> RunEvent:
@@ -358,9 +346,6 @@ class TrainingData:
     @property
     def warnings(self) -> list[str]:
         found = []
-        if len(self.conversations) < FEW_CONVERSATIONS:
-            few = len(self.conversations)
-            found.append(f"Only {few} conversations: a voice is learned well from about {FEW_CONVERSATIONS}.")
         if not self.held_out:
             found.append("Nothing was held out, so the report scores the training data and proves little.")
         if self.skipped:
