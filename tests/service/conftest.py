@@ -177,11 +177,13 @@ def clean_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(host_module="repertory.service.fake_host")
 
 
-def submission(org_id: str = "org", request: str = "request", key: str | None = None) -> Submission:
+def submission(
+    org_id: str = "org", request: str = "request", key: str | None = None, base_model: str = "fake/base"
+) -> Submission:
     message = Message(role="assistant", content="Hey!")
     return Submission(
         org_id=org_id,
-        base_model="fake/base",
+        base_model=base_model,
         config=JobConfig(hyperparameters=Hyperparameters(), validation_split=0.1),
         conversations=[Conversation(messages=[message])],
         metadata={"warnings": []},

@@ -67,9 +67,12 @@ def test_a_story_moves_the_job_forwards_with_one_event_each(jobs: Jobs, store: S
     assert kinds(store, job.id) == ["queued", "preparing", "running", "evaluating", "completed"]
 
 
-def test_measuring_the_base_before_training_is_not_the_evaluation(lease: Lease) -> None:
-    assert lease.record(event("evaluating", 0.0, phase="measuring the base")).status == Status.PREPARING
-    assert lease.record(event("running", 0.0)).status == Status.RUNNING
+def test_a_new_phase_of_the_same_status_is_no_transition(store: Store, job: Job, lease: Lease) -> None:
+    lease.record(event("preparing", phase="reading"))
+    assert lease.record(event("preparing", phase="measuring the base")).metadata["phase"] == "measuring the base"
+    lease.record(event("evaluating", phase="scoring"))
+    lease.record(event("evaluating", phase="writing replies"))
+    assert kinds(store, job.id) == ["queued", "preparing", "evaluating"]
 
 
 def test_publishing_shows_and_promotes_the_version(store: Store, job: Job, lease: Lease) -> None:

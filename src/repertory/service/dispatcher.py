@@ -109,7 +109,7 @@ class Dispatcher:
         try:
             key = self._hosts.key(job.base_model, job.config.hyperparameters)
             if self._is_full(key):
-                raise Unavailable(f"{self._settings.max_concurrent_trainings} other training runs on this base model.")
+                raise Unavailable("Other trainings run on this base model, as many as MAX_CONCURRENT_TRAININGS allows.")
             host = self._hosts.acquire(key)
         except Unavailable as reason:
             self._jobs.wait(job, reason.message)

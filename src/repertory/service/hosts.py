@@ -49,7 +49,7 @@ class Host:
     socket: Path
     key: BaseKey | None  # None: the first host, until it has told on what device it is
     health: HostHealth = field(default_factory=lambda: HostHealth(state="loading"))
-    phase: str = "starting"  # while not ready: what is going on, for people
+    phase: str = "waiting for its turn to load"  # while not ready: what is going on, for people
     is_ready: bool = False
     process: HostProcess | None = None
     crashes: int = 0  # in a row
@@ -290,11 +290,11 @@ class Hosts:
                 return health.error or ErrorInfo(
                     code="host_failed", message=f"The host of {host.base_model} failed.", cure="See the service log."
                 )
-            if health.state == "ready" and not host.is_ready:
+            if health.state == "ready" and not host.is_ready and not host.stopping.is_set():
                 host.is_ready = True
                 host.idle_since = monotonic()
                 self._failures.pop(host.key, None)
-                log.info("host ready", host=host.name, base_model=host.base_model, key=str(host.key))
+                log.info("host ready", host=host.name, **host.key.model_dump() if host.key is not None else {})
                 self._changed.notify_all()
         return None
 

@@ -61,8 +61,7 @@ class Lease:
                         changes["attempts"] = 0
                 case "evaluating":
                     metadata["phase"] = data.get("phase", "evaluating")
-                    # The base may be measured before training begins; the job is not past training then.
-                    if job.status == Status.RUNNING:
+                    if job.status != Status.EVALUATING:
                         enter(connection, job.id, Status.EVALUATING)
                 case _:
                     pass
@@ -99,10 +98,6 @@ class Lease:
     def fail(self, error: ErrorInfo) -> None:
         with self._held() as (connection, job):
             _end(connection, job, Status.FAILED, error=error.model_dump(mode="json"))
-
-    def cancelled(self) -> None:
-        with self._held() as (connection, job):
-            _end(connection, job, Status.CANCELLED)
 
     def host_lost(self, reason: str) -> None:
         """The run is gone without an end: the job goes back into the queue and will resume, unless it is hopeless."""

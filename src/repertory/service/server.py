@@ -9,6 +9,7 @@ import sys
 import structlog
 import uvicorn
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from repertory.errors import RepertoryError
 from repertory.service import logs
@@ -25,7 +26,7 @@ def serve() -> int:
     try:
         present = settings()
     except ValidationError as error:
-        return _say_no(*(f"{_variable(problem['loc'])}: {problem['msg']}" for problem in error.errors()))
+        return _say_no(*(_wrong_setting(problem) for problem in error.errors(include_input=False)))
     logs.configure(present.log_level)
     try:
         listener = _listen(present)
@@ -73,8 +74,10 @@ def _listen(present: Settings) -> socket.socket:
     return listener
 
 
-def _variable(location: tuple[int | str, ...]) -> str:
-    return str(location[0]).upper() if location else "settings"
+def _wrong_setting(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    variable = f"{problem['loc'][0]}".upper() if problem["loc"] else "The settings contradict each other"
+    return f"{variable}: {message}. Correct it in the environment or in .env."
 
 
 def _say_no(*reasons: str) -> int:
