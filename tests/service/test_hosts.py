@@ -69,10 +69,7 @@ def refusal(hosts: Hosts, base_model: str) -> RepertoryError:
 
 def test_the_default_host_tells_the_device_and_is_found_by_its_key(hosts: Hosts) -> None:
     assert hosts.key("fake/base", Hyperparameters()) == key("fake/base")
-    with hosts.use(key("fake/base")) as host:
-        assert host.is_default
-        assert host.users == 1
-    assert host.users == 0
+    assert hosts.acquire(key("fake/base")).is_default
     assert hosts.status() == "healthy"
 
 
@@ -139,6 +136,11 @@ def test_for_lack_of_memory_the_idle_host_makes_room(hosts: Hosts) -> None:
     acquired(hosts, "fake/large")
     assert names(hosts) == ["fake/large"]
     assert hosts.status() == "healthy"
+
+
+def test_the_default_host_comes_back_when_making_room_did_not_help(hosts: Hosts) -> None:
+    assert refusal(hosts, "fake/too-large").code == "insufficient_memory"
+    assert acquired(hosts, "fake/base").is_default
 
 
 def test_a_host_in_use_is_waited_for(hosts: Hosts) -> None:

@@ -5,9 +5,10 @@
 What it plays depends on the base model's name:
 
     …unavailable    cannot be loaded                  …crash         dies at step 3 of every run
-    …large          needs the memory of all others    …crash-once    dies at step 8 of a run that is not resumed
-    …dies           dies while loading                …fail          every run fails at step 3
-    …slow           takes a second to load            …damaged       the adapter's files are not whole
+    …large          needs all memory for itself       …crash-once    dies at step 8 of a run that is not resumed
+    …too-large      needs more than there is          …fail          every run fails at step 3
+    …dies           dies while loading                …damaged       the adapter's files are not whole
+    …slow           takes a second to load
 
 and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (default 0.02). A message with the word
 "long" is answered with max_tokens words, at 50 a second; one with "die" kills the host.
@@ -80,7 +81,7 @@ class FakeHost:
         error: RepertoryError | None = None
         if self.base_model.endswith("unavailable"):
             error = BaseModelUnavailable(f"{self.base_model} cannot be loaded: it is not in the cache, and no hub is.")
-        elif self.base_model.endswith("large") and self._is_accompanied():
+        elif self.base_model.endswith("too-large") or (self.base_model.endswith("large") and self._is_accompanied()):
             error = InsufficientMemory(f"{self.base_model} needs 7.0 GiB and 1.0 GiB is free.")
         if error is not None:
             self.health = self.health.model_copy(update={"state": "failed", "error": error.info})

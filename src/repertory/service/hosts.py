@@ -10,8 +10,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -116,14 +114,6 @@ class Hosts:
                     self._start(self._settings.default_base_model, key=None, is_default=True)
                 raise _loading("The first host is starting and looks at the device.")
             return BaseKey.resolve(base_model, hyperparameters, self._device)
-
-    @contextmanager
-    def use(self, key: BaseKey) -> Iterator[Host]:
-        host = self.acquire(key)
-        try:
-            yield host
-        finally:
-            self.release(host)
 
     def acquire(self, key: BaseKey) -> Host:
         """A ready host with this key, which stays at least until it is released.
@@ -237,6 +227,9 @@ class Hosts:
         finally:
             with self._changed:
                 self._hosts.remove(host)
+                if not self._hosts and not host.is_default and not self._is_stopping:
+                    # The default host had made room for this one.
+                    self._start(self._settings.default_base_model, self._default_key(), is_default=True)
                 self._changed.notify_all()
 
     def _live_once(self, host: Host) -> ErrorInfo | None:
@@ -345,6 +338,7 @@ class Hosts:
                 return None
             if monotonic() - host.wanted_at > INTEREST_SECONDS:
                 host.stopping.set()
+                return None
             names = ", ".join(sorted({other.base_model for other in others}))
             host.phase = f"waiting for memory until {names} is idle"
             self._changed.wait(timeout=1.0)

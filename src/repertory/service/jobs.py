@@ -197,7 +197,7 @@ class Jobs:
                 update(organisations).where(organisations.c.org_id == taken.org_id).values(last_run_at=now())
             )
             enter(connection, job_id, Status.PREPARING, started_at=taken.started_at or now())
-        return self.get(job_id)
+            return Job.from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).one())
 
     def wait(self, job: Job, reason: str) -> None:
         """Say why a queued job does not run yet."""

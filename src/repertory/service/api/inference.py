@@ -85,7 +85,7 @@ async def generate(
         # With the first piece in hand, everything that can be refused has been, with a status of its own.
         first = await _unless_disconnected(request, anext(pieces))
         events = _events(first, pieces, voice, request.state.request_id)
-        return EventStream(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return EventStream(events, pieces)
     return await _unless_disconnected(request, _whole(pieces, voice))
 
 
@@ -201,12 +201,14 @@ def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, the events' source is closed at once, and the sequence stops."""
+    """Server-sent events. However the connection ends, their source is closed at once, which stops the sequence."""
 
-    body_iterator: AsyncGenerator[str]
+    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[TokenChunk]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._source):
             await super().__call__(scope, receive, send)
 
 
@@ -264,25 +266,24 @@ async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
 
 
 async def _events(
-    first: TokenChunk, rest: AsyncGenerator[TokenChunk], voice: Voice, request_id: str
+    first: TokenChunk, rest: AsyncIterator[TokenChunk], voice: Voice, request_id: str
 ) -> AsyncGenerator[str]:
-    async with aclosing(rest):
-        try:
-            async for piece in _chain(first, rest):
-                if piece.text:
-                    yield _event({"text": piece.text})
-                if piece.finish_reason is not None and piece.usage is not None:
-                    yield _event(
-                        {
-                            "done": True,
-                            "finish_reason": piece.finish_reason,
-                            "usage": piece.usage.model_dump(),
-                            "model_info": voice.info(is_loaded=True).model_dump(mode="json"),
-                        }
-                    )
-            yield "data: [DONE]\n\n"
-        except RepertoryError as error:
-            yield _event(error_body(error.info, request_id))
+    try:
+        async for piece in _chain(first, rest):
+            if piece.text:
+                yield _event({"text": piece.text})
+            if piece.finish_reason is not None and piece.usage is not None:
+                yield _event(
+                    {
+                        "done": True,
+                        "finish_reason": piece.finish_reason,
+                        "usage": piece.usage.model_dump(),
+                        "model_info": voice.info(is_loaded=True).model_dump(mode="json"),
+                    }
+                )
+        yield "data: [DONE]\n\n"
+    except RepertoryError as error:
+        yield _event(error_body(error.info, request_id))
 
 
 async def _chain(first: TokenChunk, rest: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk]:
