@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -119,21 +120,44 @@ def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
     rows = [two, None, one, few, two, None]
     serving = Serving(rows, chunk=one, stacks=AdapterStacks())
     owners = [*rows, one, one]
-    for name, layer in base.layers.items():
-        in_features, out_features = layer.shape
-        x, y = torch.randn(1, len(owners), in_features), torch.zeros(1, len(owners), out_features)
-        corrected = serving.add(name, x, y.clone())
-        for at, owner in enumerate(owners):
-            alone = Training(owner).add(name, x[:, at], y[:, at]) if owner else y[:, at]
-            assert torch.allclose(corrected[:, at], alone, atol=1e-4)
+    for layer in base.layers.values():
+        x = torch.randn(1, len(owners), layer.shape[0])
+        with torch.inference_mode():
+            corrected = serving.through(layer, x)
+            for at, owner in enumerate(owners):
+                one = x[:, at : at + 1]
+                alone = Training(owner).through(layer, one) if owner else layer.base(one)
+                assert torch.allclose(corrected[:, at : at + 1], alone, atol=1e-4)
 
 
 def test_rows_of_one_voice_need_no_stack(base: Base) -> None:
     voice = trained(base)
     stacks = AdapterStacks()
     serving = Serving([voice, voice], None, stacks)
-    name, layer = next(iter(base.layers.items()))
+    layer = next(iter(base.layers.values()))
     x = torch.randn(1, 2, layer.shape[0])
-    y = torch.zeros(1, 2, layer.shape[1])
-    assert torch.allclose(serving.add(name, x, y.clone()), Training(voice).add(name, x, y), atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(serving.through(layer, x), Training(voice).through(layer, x), atol=1e-5)
     assert not stacks._layers
+
+
+def test_the_fused_product_has_the_gradients_of_the_plain_one(base: Base) -> None:
+    """In float64; with dropout both draw the same mask from the same seed."""
+    layer = copy.deepcopy(next(iter(base.layers.values()))).double()
+    assert isinstance(layer.base, torch.nn.Linear)
+    for dropout in (0.0, 0.3):
+        A = torch.randn(3, layer.shape[0], dtype=torch.float64, requires_grad=True)
+        B = torch.randn(layer.shape[1], 3, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(1, 6, layer.shape[0], dtype=torch.float64, requires_grad=True)
+        config = LoraConfig(base_model="x", rank=3, alpha=7, dropout=0, target_modules=[])
+        torch.manual_seed(5)
+        fused = Training(Adapter(config, {layer.name: A}, {layer.name: B}), dropout).through(layer, x)
+        torch.manual_seed(5)
+        kept = torch.native_dropout(x[0], dropout, True)[0][None] if dropout else x
+        plain = layer.base(x) + config.scaling * (kept @ A.T @ B.T)
+        assert torch.allclose(fused, plain, rtol=1e-12)
+        weights = torch.randn_like(plain)
+        ours = torch.autograd.grad((fused * weights).sum(), (x, A, B))
+        theirs = torch.autograd.grad((plain * weights).sum(), (x, A, B))
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, rtol=1e-10)

@@ -23,7 +23,6 @@ VOICES = 16
 
 
 def test_sixteen_voices_take_the_memory_of_one_base_and_sixteen_adapters(tmp_path: Path) -> None:
-    import psutil
 
     device = base_module.detect_device()
     settings = Settings()

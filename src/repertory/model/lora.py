@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ CONFIG = "adapter_config.json"
 
 
 class Routing(Protocol):
-    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Correct `y`, the output of layer `name` for `x`: (..., in_features), (..., out_features)."""
+    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """The corrected output of `layer` for `x`: (1, N, in_features) -> (1, N, out_features)."""
         ...
 
 
@@ -71,9 +71,10 @@ class LoraLinear(nn.Module):
         return self.base.in_features, self.base.out_features  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         routing = self.router.routing
-        return y if routing is None else routing.add(self.name, x, y)
+        if routing is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        return routing.through(self, x)
 
 
 def wrap_linear_layers(blocks: nn.ModuleList, prefix: str, router: Router) -> dict[str, LoraLinear]:
@@ -256,13 +257,56 @@ class Training:
     adapter: Adapter
     dropout: float = 0.0
 
-    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        A = self.adapter.A.get(name)
+    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        A = self.adapter.A.get(layer.name)
         if A is None:
+            return layer.base(x)  # type: ignore[no-any-return]
+        B, scaling = self.adapter.B[layer.name], self.adapter.config.scaling
+        if type(layer.base) is nn.Linear:
+            y: Tensor = _FusedLora.apply(x, layer.base.weight, layer.base.bias, A, B, scaling, self.dropout)  # type: ignore[no-untyped-call]
             return y
         kept = F.dropout(x, self.dropout) if self.dropout else x
         low_rank = F.linear(kept, A.to(x.dtype))
-        return torch.add(y, F.linear(low_rank, self.adapter.B[name].to(x.dtype)), alpha=self.adapter.config.scaling)
+        return torch.add(layer.base(x), F.linear(low_rank, B.to(x.dtype)), alpha=scaling)
+
+
+class _FusedLora(torch.autograd.Function):
+    """x W' + bias + scaling * dropout(x) A' B', with W frozen and A, B possibly in a higher precision than x.
+
+    What plain autograd would write to memory and read again is added in place: the correction to the output, and its
+    gradient to that of the input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        kept, mask = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        low_rank = (kept @ a.t()).mul_(scaling)
+        y = F.linear(flat, weight, bias).addmm_(low_rank, b.t())
+        ctx.save_for_backward(kept, mask, low_rank, weight, a, b)
+        ctx.scaling, ctx.dropout, ctx.x_shape = scaling, dropout, x.shape
+        ctx.precision = A.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        kept, mask, low_rank, weight, a, b = ctx.saved_tensors
+        grad_y = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_low_rank = (grad_y @ b).mul_(ctx.scaling)
+        grad_B = (grad_y.t() @ low_rank).to(ctx.precision)
+        grad_A = (grad_low_rank.t() @ kept).to(ctx.precision)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y @ weight
+            if mask is None:
+                grad_x.addmm_(grad_low_rank, a)
+            else:
+                grad_x.add_((grad_low_rank @ a).mul_(mask), alpha=1 / (1 - ctx.dropout))
+            grad_x = grad_x.view(ctx.x_shape)
+        return grad_x, None, None, grad_A, grad_B, None, None
 
 
 class Serving:
@@ -289,8 +333,8 @@ class Serving:
             self._kept = torch.tensor(kept, device=device)
             self._targets = torch.tensor([at for of_voice in tokens for at in of_voice], device=device)
 
-    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """x and y are (1, N, features)."""
+    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        name, y = layer.name, layer.base(x)
         if self.is_one_voice:
             _add_product(self.voices[0], name, x[:, : self.row_count], y[:, : self.row_count])
         elif any(name in voice.A for voice in self.voices):
@@ -300,7 +344,7 @@ class Serving:
             y[0].index_add_(0, self._targets, corrections[self._kept])
         if self.chunk is not None:
             _add_product(self.chunk, name, x[:, self.row_count :], y[:, self.row_count :])
-        return y
+        return y  # type: ignore[no-any-return]
 
 
 def _add_product(adapter: Adapter, name: str, x: Tensor, y: Tensor) -> None:
