@@ -563,3 +563,12 @@ def test_many_requests_at_once_are_all_answered(service: RunningService) -> None
     for thread in threads:
         thread.join()
     assert replies == [f"Hello from {training_id}"] * 16
+
+
+def test_a_stop_does_not_wait_for_a_long_reply(start_service: Start) -> None:
+    service = start_service().until_ready()
+    body = {"message": "a long one", "max_tokens": 3000, "stream": True, "model_id": "base"}
+    with service.client.stream("POST", "/generate?org_id=org", json=body) as response:
+        assert "text" in next(response.iter_lines())
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(15) == 0
