@@ -1,4 +1,4 @@
-"""Tiny random base models and a tokenizer, made on the spot: real architectures, no download, milliseconds a forward."""
+"""Tiny random base models and a tokenizer, made on the spot: real architectures, no download, fast."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from repertory.contracts import BUNDLED_MODEL, Hyperparameters
+from repertory.contracts import BUNDLED_MODEL, Hyperparameters, OrgId
 
 
 class Settings(Hyperparameters, BaseSettings):
@@ -33,7 +33,7 @@ class Settings(Hyperparameters, BaseSettings):
 
     huggingface_token: str | None = None
     default_base_model: str = BUNDLED_MODEL
-    default_org_id: str | None = None
+    default_org_id: OrgId | None = None
     host_module: str = "repertory.model.host"  # what a host process runs; tests put the fake one here
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import CONVERSATION, RunningService
+from running_service import CONVERSATION, RunningService
 
 START = {"org_id": "bad", "conversations": [CONVERSATION]}
 USER_ONLY = {"messages": [{"role": "user", "content": "Hello?"}]}

@@ -14,8 +14,7 @@ from repertory.errors import BaseModelUnavailable, RepertoryError, Unavailable
 from repertory.service import hosts as hosts_module
 from repertory.service.hosts import Host, Hosts
 from repertory.settings import Settings
-
-from .conftest import eventually
+from running_service import eventually
 
 # httpcore drops a Unix socket that could not connect without closing it; reference counting closes it at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*<socket.socket.*family=1:pytest.PytestUnraisableExceptionWarning")

@@ -17,8 +17,9 @@ from repertory.service.jobs import Job, Status
 from repertory.service.lease import Lease
 from repertory.service.service import Service
 from repertory.settings import Settings
+from running_service import eventually
 
-from .conftest import eventually, submission
+from .conftest import submission
 
 # httpcore drops a Unix socket that could not connect without closing it; reference counting closes it at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*<socket.socket.*family=1:pytest.PytestUnraisableExceptionWarning")

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from .conftest import CONVERSATION, RunningService, eventually
+from running_service import CONVERSATION, RunningService, eventually
 
 Start = Callable[..., RunningService]
 SLOW = {"FAKE_HOST_STEPS": "1000", "FAKE_HOST_STEP_SECONDS": "0.05"}  # runs that no test waits for

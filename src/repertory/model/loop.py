@@ -6,6 +6,7 @@ being answered and all of it otherwise, one forward pass at a time, so a request
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import queue
 import time
@@ -157,11 +158,13 @@ class DeviceLoop:
             task.fail(_info_of(error))
 
     def _let_go(self, task: _Task) -> None:
-        """Forget a task, with the memory that it held."""
+        """Forget a task, and give the memory that it held back to the device or the system."""
         self._tasks.remove(task)
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed activations for itself otherwise
 
     def _start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
         if spec.training_id in self.run_ids:

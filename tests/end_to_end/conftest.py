@@ -1,0 +1,1 @@
+from repertory_fixtures import cache  # noqa: F401

@@ -1,0 +1,187 @@
+"""The real service with real hosts over real HTTP, on tiny base models."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repertory_fixtures import conversation
+from running_service import RunningService, eventually
+
+
+@pytest.fixture(scope="module")
+def service(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    running = RunningService(
+        tmp_path_factory.mktemp("service"),
+        HOST_MODULE="repertory.model.host",
+        MODEL_CACHE_DIR=str(cache),
+        DEFAULT_BASE_MODEL="tiny/llama-gqa",
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+    )
+    yield running.until_ready()
+    assert running.stop() == 0
+
+
+def chats(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [conversation(1 + at % 3, first + at).model_dump(mode="json", exclude_none=True) for at in range(count)]
+
+
+QUICK = {"learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
+LONG = {"num_epochs": 60, "hyperparameters": QUICK | {"save_steps": 5}}
+
+
+def say(service: RunningService, org_id: str, message: str = "Hello!", **asked: Any) -> dict[str, Any]:
+    body = {"message": message, "temperature": 0, "max_tokens": 16} | asked
+    answer = service.client.post(f"/generate?org_id={org_id}", json=body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_from_conversations_to_a_voice(service: RunningService) -> None:
+    training_id = service.trained("pirate", conversations=chats(24), num_epochs=3, hyperparameters=QUICK)
+    job = service.status(training_id)
+    assert job["progress"] == 1.0
+    assert job["started_at"] <= job["completed_at"]
+    metadata = job["metadata"]
+    assert metadata["step"] == metadata["total_steps"] > 0
+    assert metadata["report"]["perplexity"] < metadata["report"]["base_perplexity"]
+    reply = say(service, "pirate")
+    assert reply["model_info"]["loaded"]
+    assert reply["model_info"]["model_path"].endswith(f"pirate/{training_id}")
+    assert "Hello!" not in reply["response"]
+    assert reply["response"] != say(service, "pirate", model_id="base")["response"]
+    listed = service.client.get("/models/pirate/list").json()
+    assert [model["model_id"] for model in listed["models"]] == [training_id]
+    metrics = service.client.post("/training/evaluate", json={"org_id": "pirate", "model_id": "latest"}).json()[
+        "metrics"
+    ]
+    assert metrics["perplexity"] == pytest.approx(metadata["report"]["perplexity"], rel=1e-4)
+
+
+def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> None:
+    for at, org_id in enumerate(("a", "b", "c")):
+        service.trained(org_id, conversations=chats(12, 100 * at), num_epochs=2, hyperparameters=QUICK)
+    alone = {org_id: say(service, org_id)["response"] for org_id in ("a", "b", "c")}
+    together: dict[str, set[str]] = {org_id: set() for org_id in alone}
+
+    def ask(org_id: str) -> None:
+        for _ in range(4):
+            together[org_id].add(say(service, org_id)["response"])
+
+    threads = [threading.Thread(target=ask, args=(org_id,)) for org_id in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == {org_id: {text} for org_id, text in alone.items()}
+
+
+def test_a_second_base_model_gets_a_host_of_its_own(service: RunningService) -> None:
+    training_id = service.trained("qwen", conversations=chats(12), base_model="tiny/qwen2", hyperparameters=QUICK)
+    assert service.status(training_id)["metadata"]["base_model"] == "tiny/qwen2"
+    assert say(service, "qwen")["response"] is not None
+    hosts = service.client.get("/health").json()["hosts"]
+    assert {host["base_model"] for host in hosts} == {"tiny/llama-gqa", "tiny/qwen2"}
+
+
+def test_a_quantized_job_runs_and_answers_on_its_own_precision(service: RunningService) -> None:
+    quantized = QUICK | {"use_4bit": True, "lora_target_modules": "q_proj,v_proj"}
+    training_id = service.trained("small", conversations=chats(8), num_epochs=1, hyperparameters=quantized)
+    metadata = service.status(training_id)["metadata"]
+    assert metadata["quantization"] == "4bit"
+    assert metadata["hyperparameters"]["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert say(service, "small")["model_info"]["metadata"]["quantization"] == "4bit"
+
+
+def test_requests_are_answered_while_training_and_cancelling_really_stops_it(service: RunningService) -> None:
+    training_id = service.train("busy", conversations=chats(60), **LONG)
+    service.until(training_id, "running")
+    eventually(lambda: service.status(training_id)["metadata"].get("step", 0) >= 2)
+    service.trained("other", conversations=chats(3), num_epochs=1, hyperparameters=QUICK | {"use_8bit": True})
+    assert say(service, "nobody", model_id="base")["response"] is not None
+    assert service.status(training_id)["status"] == "running"
+    assert service.client.delete(f"/training/jobs/{training_id}").status_code == 200
+    assert service.status(training_id)["status"] == "cancelled"
+    eventually(lambda: all(host["runs"] == 0 for host in service.client.get("/health").json()["hosts"]))
+    assert service.client.delete(f"/training/jobs/{training_id}").status_code == 200
+    missing = service.client.post("/generate?org_id=busy", json={"message": "Hello!"})
+    assert missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_killed_host_comes_back_and_its_run_goes_on_from_the_checkpoint(service: RunningService) -> None:
+    training_id = service.train(
+        "phoenix", conversations=chats(40), num_epochs=8, hyperparameters=QUICK | {"save_steps": 5}
+    )
+    eventually(lambda: service.status(training_id)["metadata"].get("checkpoint_step", 0) >= 5)
+    host = service.host_of("tiny/llama-gqa")
+    assert host is not None
+    host.send_signal(signal.SIGKILL)
+    job = service.until(training_id, "completed", "failed")
+    assert job["status"] == "completed", job["error"]
+    assert job["metadata"]["resumed_from_step"] >= 5
+    assert say(service, "phoenix")["response"] is not None
+
+
+def test_a_killed_service_loses_nothing_and_leaves_no_host(service: RunningService) -> None:
+    before = say(service, "pirate")["response"]
+    training_id = service.train(
+        "lazarus", conversations=chats(40), num_epochs=8, hyperparameters=QUICK | {"save_steps": 5}
+    )
+    eventually(lambda: service.status(training_id)["metadata"].get("checkpoint_step", 0) >= 5)
+    hosts = service.hosts()
+    assert hosts
+    service.kill()
+    eventually(lambda: not any(host.is_running() and host.status() != "zombie" for host in hosts))
+    service.start()
+    service.until_ready()
+    job = service.until(training_id, "completed", "failed")
+    assert job["status"] == "completed", job["error"]
+    assert job["metadata"]["resumed_from_step"] >= 5
+    assert say(service, "pirate")["response"] == before
+
+
+def test_a_base_model_that_cannot_be_had_fails_the_job_with_its_name_reason_and_cure(service: RunningService) -> None:
+    training_id = service.train("org_123", base_model="meta-llama/Llama-2-7b-chat-hf")
+    job = service.until(training_id, "failed", "completed")
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "base_model_unavailable"
+    assert "meta-llama/Llama-2-7b-chat-hf" in job["error"]["message"]
+    assert "HUGGINGFACE_TOKEN" in job["error"]["cure"]
+
+
+def test_the_personality_client_is_understood_byte_for_byte(service: RunningService) -> None:
+    """As it is sent: no org_id, so the organisation must be the only one with a model, or DEFAULT_ORG_ID."""
+    body = (
+        b'{"system_prompt":"You are a pirate.","history":[{"role":"user","content":"hi"},'
+        b'{"role":"assistant","content":"arr"}],"message":"Hello!","temperature":0.8,"max_tokens":500}'
+    )
+    answer = service.client.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422  # several organisations have a voice here, so it must be told which
+    assert answer.json()["error"]["param"] == "org_id"
+    assert "DEFAULT_ORG_ID" in answer.json()["error"]["cure"]
+
+
+def test_the_personality_client_needs_no_org_id_where_a_default_is_set(service: RunningService) -> None:
+    service.stop()
+    service.environment["DEFAULT_ORG_ID"] = "pirate"
+    service.start()
+    service.until_ready()
+    body = b'{"system_prompt":"You are a pirate.","history":[],"message":"Hello!","temperature":0.8,"max_tokens":500}'
+    answer = service.client.post("/generate", content=body, headers={"Content-Type": "application/json"}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    assert isinstance(answer.json()["response"], str)
+
+
+def test_nothing_is_left_behind_in_the_temporary_folder(service: RunningService) -> None:
+    folders = {Path(host.cmdline()[host.cmdline().index("--socket") + 1]).parent for host in service.hosts()}
+    assert len(folders) == 1
+    service.stop()
+    assert not any(folder.exists() for folder in folders)
+    service.start()
+    service.until_ready()
