@@ -30,6 +30,11 @@ ATTENTION = "repertory"
 class Layout(Protocol):
     """Who may see whom in one forward pass."""
 
+    @property
+    def token_count(self) -> int:
+        """N; what a forward pass computes beyond them is padding that nobody sees."""
+        ...
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         """query (1, H, N, D), key and value (1, G, N, D) -> (1, H, N, D)."""
         ...
@@ -77,7 +82,9 @@ def packed_attention(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
     )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return _layout.attend(layer, query, key, value, how).transpose(1, 2), None
+    tokens = _layout.token_count
+    seen = _layout.attend(layer, query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens], how)
+    return F.pad(seen.transpose(1, 2), (0, 0, 0, 0, 0, query.shape[2] - tokens)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
@@ -252,6 +259,10 @@ class CachedRows:
         if self.chunk:
             spans.append(torch.arange(self.chunk[0], self.chunk[0] + self.chunk[1]))
         return torch.cat(spans).to(self.device)
+
+    @property
+    def token_count(self) -> int:
+        return len(self.pasts) + (self.chunk[1] if self.chunk else 0)
 
     @cached_property
     def _rows(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -26,6 +27,8 @@ from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.0, "4bit": 0.52}  # NF4, doubly quantized scales
+EXACT_TOKENS = 32
+PADDING = 32
 TESTED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma 2 and 3, Phi, GPT-NeoX, GPT-2 and OPT"
 
 
@@ -71,14 +74,18 @@ class Base:
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states (N, hidden_size) of packed tokens `ids` (N,) at `positions` (N,), inside `passing`."""
+        padding = padded_length(len(ids)) - len(ids)
+        if padding:
+            ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
         out = self.body(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+        return out.last_hidden_state[0, : len(ids) - padding]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, hidden_size) -> (M, vocabulary), in fp32 at least, with the post-processing that some families have."""
         config: Any = self.model.config
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-        logits: Tensor = head(hidden)
+        count = len(hidden)
+        logits: Tensor = head(F.pad(hidden, (0, 0, 0, padded_length(count) - count)))[:count]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -111,6 +118,13 @@ class Base:
 
     def kv_cache(self) -> KVCache:
         return KVCache(self.layer_count)
+
+
+def padded_length(tokens: int) -> int:
+    """Few different lengths instead of all: each new shape of a product costs oneDNN milliseconds to plan, and about
+    a megabyte for ever (`docs/log.md`). Small batches, the decoding rows, are left exact.
+    """
+    return tokens if tokens <= EXACT_TOKENS else -(-tokens // PADDING) * PADDING
 
 
 def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Callable[[str], None]) -> Base:
