@@ -23,6 +23,7 @@ from repertory.errors import BaseModelUnavailable, InsufficientMemory
 from repertory.model import bundled
 from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
+from repertory.model.rmsnorm import replace_rms_norms
 from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -160,6 +161,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             # bitsandbytes would repack 4-bit weights at the first forward without gradient, in a format that rounds
             # otherwise than the one training uses, and that takes only some widths.
             module.support_avx512bf16_for_cpu = False
+    replace_rms_norms(model)
     body, blocks, prefix = _parts(model, name)
     router = Router()
     layers = wrap_linear_layers(blocks, prefix, router)
