@@ -59,7 +59,10 @@ def test_the_tree_of_the_readme_names_every_file_and_no_other() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout, so the files of the repository are unknown")
     files = {line for line in listed.stdout.splitlines() if (ROOT / line).exists()}
-    assert sorted(_tree(README.read_text())) == sorted(files)
+    named = _tree(README.read_text())
+    assert sorted(files - set(named)) == [], "these files are missing from the tree at the end of the README"
+    assert sorted(set(named) - files) == [], "the tree at the end of the README names files that are not there"
+    assert len(named) == len(set(named)), "the tree at the end of the README names a file twice"
 
 
 def _tree(readme: str) -> list[str]:

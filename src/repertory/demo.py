@@ -252,7 +252,7 @@ def _wait_until_healthy(client: Client, process: ServiceProcess | None, console:
     if process is None:
         console.print(f"Using the service that already runs at {client.url}.")
     else:
-        console.print(f"Started the service at {client.url} (pid {process.pid}, log {LOG}).")
+        console.print(f"Started the service at {client.url} (pid {process.pid}, log {LOG}).", soft_wrap=True)
     started = time.monotonic()
     told = ""
     try:
@@ -308,7 +308,8 @@ def _introduce(pieces: list[Conversation], lesson: Lesson, console: Console) -> 
     console.print()
     console.print(
         f"Learning the voice of a real person from {len(pieces)} of their conversations, "
-        f"{lesson.epochs} epoch{'s' if lesson.epochs > 1 else ''}. They write like this:"
+        f"{lesson.epochs} epoch{'s' if lesson.epochs > 1 else ''}. They write like this:",
+        soft_wrap=True,
     )
     for reply in heard:
         console.print(f"  “{reply}”", markup=False, highlight=False)
