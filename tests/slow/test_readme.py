@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from running_service import RunningService
+
 README = Path(__file__).parents[2] / "README.md"
 JOB_SECONDS = 240.0
 
@@ -24,13 +26,13 @@ Paste = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def paste(service: Any) -> Paste:
+def paste(service: RunningService) -> Paste:
     """Run a block of the README and return the JSON it prints. Its example id stands for the real one."""
 
     def run(block: str, training_id: str = "") -> Any:
         command = block.replace("train_abc123", training_id)
-        if service.port != 8300:  # somebody else has the README's port
-            command = command.replace("localhost:8300", f"localhost:{service.port}")
+        # The same address, unless somebody else has the README's port.
+        command = command.replace("http://localhost:8300", service.url.replace("127.0.0.1", "localhost"))
         done = subprocess.run(["bash", "-euc", command], capture_output=True, text=True, timeout=120, check=True)
         return json.loads(done.stdout)
 

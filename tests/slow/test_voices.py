@@ -6,10 +6,10 @@ import time
 
 import httpx
 import pytest
-from conftest import RunningService
 
 from repertory.data import chitchat
 from repertory.data.conversations import Conversation
+from running_service import RunningService
 
 pytestmark = pytest.mark.slow
 
