@@ -112,51 +112,106 @@ class PackedRows:
         return torch.cat(spans).to(self.device)
 
     @cached_property
-    def _scatter(self) -> Tensor:
-        """(R, T) index of each row's tokens among the tokens after the prefix; past its end a row repeats its last."""
+    def _spread(self) -> Tensor:
+        """(R * T,) index of each row's tokens among those after the prefix; past its end a row repeats its last."""
         longest = max(self.lengths)
         rows, first = [], 0
         for length in self.lengths:
             rows.append(first + torch.arange(longest).clamp(max=length - 1))
             first += length
-        return torch.stack(rows).to(self.device)
+        return torch.cat(rows).to(self.device)
 
     @cached_property
     def _gather(self) -> Tensor:
-        """(N - P,) index of each token after the prefix in the flattened (R, T)."""
+        """(N - P,) index of each token after the prefix among the R * T places."""
         longest = max(self.lengths)
         spans = [row * longest + torch.arange(length) for row, length in enumerate(self.lengths)]
         return torch.cat(spans).to(self.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
         group = query.shape[1] // key.shape[1]
-        if not self.lengths:
-            return _causal(query, key, value, group, how)
-        P, R, T = self.prefix, len(self.lengths), max(self.lengths)
-        if R == 1:  # a single row is the prefix's plain continuation
-            return _causal(query, key, value, group, how)
+        P, R = self.prefix, len(self.lengths)
+        if R <= 1:  # a single row is the prefix's plain continuation
+            return causal_attention(query, key, value, group, how)
+        T = max(self.lengths)
 
-        def rows(packed: Tensor) -> Tensor:  # (1, heads, N - P, D) -> (R, heads, T, D)
-            return packed[0, :, P:][:, self._scatter].transpose(0, 1)
+        def rows(packed: Tensor) -> Tensor:
+            """(1, heads, N, D) -> (R, heads, T, D)"""
+            tokens = packed[0, :, P:].transpose(0, 1).flatten(1)
+            spread = _Spread.apply(tokens, self._spread, self._gather)  # type: ignore[no-untyped-call]
+            return spread.view(R, T, -1, packed.shape[-1]).transpose(1, 2)  # type: ignore[no-any-return]
 
-        def with_prefix(packed: Tensor) -> Tensor:  # (1, G, N, D) -> (R, G, P + T, D)
+        def with_prefix(packed: Tensor) -> Tensor:
+            """(1, G, N, D) -> (R, G, P + T, D)"""
             return torch.cat((packed[:, :, :P].expand(R, -1, -1, -1), rows(packed)), dim=2) if P else rows(packed)
 
-        mask = causal_mask(T, P + T, how.window, self.device)
-        seen = scaled_dot_product(rows(query), with_prefix(key), with_prefix(value), group, mask, how)
-        after = seen.transpose(1, 2).flatten(0, 1)[self._gather].transpose(0, 1)[None]  # (1, H, N - P, D)
+        seen = causal_attention(rows(query), with_prefix(key), with_prefix(value), group, how)
+        places = seen.transpose(1, 2).reshape(R * T, -1)
+        after = _Gather.apply(places, self._gather).view(1, -1, query.shape[1], query.shape[3])  # type: ignore[no-untyped-call]
         if not P:
-            return after
-        before = _causal(query[:, :, :P], key[:, :, :P], value[:, :, :P], group, how)
-        return torch.cat((before, after), dim=2)
+            return after.transpose(1, 2)  # type: ignore[no-any-return]
+        before = causal_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], group, how)
+        return torch.cat((before.transpose(1, 2), after), dim=1).transpose(1, 2)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring) -> Tensor:
-    T = query.shape[2]
-    if how.softcap is None and (how.window is None or how.window >= T):
+class _Spread(torch.autograd.Function):
+    """Rows of a table by index, each at least once, some again as padding that passes no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, spread: Tensor, gather: Tensor) -> Tensor:
+        ctx.save_for_backward(gather)
+        return tokens.index_select(0, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a table by distinct indices, whose gradients therefore need no adding up."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, gather: Tensor) -> Tensor:
+        ctx.save_for_backward(gather)
+        ctx.count = len(places)
+        return places.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        places = grads[0].new_zeros(ctx.count, grads[0].shape[1])
+        return places.index_copy_(0, ctx.saved_tensors[0], grads[0]), None
+
+
+# Keys up to which writing the scores out beats torch's flash attention on a CPU, whose backward takes 2.5 times as long
+# at 100 tokens (`docs/log.md`). Beyond, the scores of a training run take too much memory.
+MOST_WRITTEN_OUT = 640
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring) -> Tensor:
+    """query (R, H, T, D), whose last token stands at the last key; key and value (R, G, S, D) -> (R, H, T, D)."""
+    T, S = query.shape[2], key.shape[2]
+    window = None if how.window is None or how.window >= S else how.window
+    if query.device.type == "cpu" and how.softcap is None and S <= MOST_WRITTEN_OUT:
+        return _written_out(query, key, value, group, how, causal_mask(T, S, window, query.device))
+    if T == S and window is None and how.softcap is None:
         key, value = _repeated(key, group), _repeated(value, group)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale)
-    return scaled_dot_product(query, key, value, group, causal_mask(T, T, how.window, query.device), how)
+    return scaled_dot_product(query, key, value, group, causal_mask(T, S, window, query.device), how)
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring, mask: Tensor) -> Tensor:
+    """Attention by three plain operations; the query heads that share a key head stand as tokens of one head.
+
+    In bf16 the scores are rounded to bf16, as transformers' eager attention rounds them.
+    """
+    R, H, T, D = query.shape
+    heads = R * H // group
+    hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+    hidden = hidden.repeat(group, 1).expand(heads, -1, -1)
+    grouped = query.reshape(heads, group * T, D)
+    key, value = key.reshape(heads, -1, D), value.reshape(heads, -1, D)
+    weights = torch.baddbmm(hidden, grouped, key.transpose(1, 2), alpha=how.scale).softmax(-1)
+    return torch.bmm(weights, value).view(R, H, T, D)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 import torch
 
@@ -59,11 +58,18 @@ class Score:
     def perplexity(self) -> float:
         return math.exp(min(self.mean_nll, 700.0))  # e^709 is the largest double
 
+    def gains_over(self, other: Score) -> list[float]:
+        """Row by row, by how many nats a token this predicts better than `other` did."""
+        return [(o - v) / n for v, o, n in zip(self.row_nll, other.row_nll, self.row_tokens, strict=True)]
 
-def gain_and_error(voice: Score, other: Score) -> tuple[float, float]:
-    """Mean over the rows of how much better `voice` does, in nats a token, and its standard error (inf for one row)."""
-    gains = [(o - v) / n for v, o, n in zip(voice.row_nll, other.row_nll, voice.row_tokens, strict=True)]
-    return fmean(gains), (stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.inf)
+
+@dataclass(frozen=True)
+class Answer:
+    """What voice and base said to one prompt, and whether each ended by itself."""
+
+    response: TestResponse
+    voice_stopped: bool
+    base_stopped: bool
 
 
 def score(base: Base, rows: Sequence[Row], adapter: Adapter | None) -> Portions:
@@ -87,7 +93,7 @@ def replies(
     prompts: Sequence[TestPrompt],
     voice: Adapter,
     system_prompt: str | None,
-) -> Generator[None, None, list[TestResponse]]:
+) -> Generator[None, None, list[Answer]]:
     """The replies of the voice and of the base to each prompt, greedy, all in one batch of the engine."""
     collected: list[_Reply] = []
     for prompt in prompts:
@@ -115,11 +121,15 @@ def replies(
             if not reply.is_whole:
                 engine.cancel(reply.sequence)
     return [
-        TestResponse(
-            instruction=prompt.instruction,
-            generated_response=of_voice.text,
-            base_response=of_base.text,
-            expected_response=prompt.expected_response,
+        Answer(
+            TestResponse(
+                instruction=prompt.instruction,
+                generated_response=of_voice.text,
+                base_response=of_base.text,
+                expected_response=prompt.expected_response,
+            ),
+            voice_stopped=of_voice.has_stopped,
+            base_stopped=of_base.has_stopped,
         )
         for prompt, of_voice, of_base in zip(prompts, collected[::2], collected[1::2], strict=True)
     ]
@@ -144,12 +154,14 @@ class _Reply:
     def __init__(self) -> None:
         self.text = ""
         self.is_whole = False
+        self.has_stopped = False  # by itself, not at the limit
 
     def take(self, chunk: TokenChunk) -> None:
         if chunk.error is not None:
             raise RepertoryError.from_info(chunk.error)
         self.text += chunk.text
         self.is_whole = chunk.finish_reason is not None
+        self.has_stopped = chunk.finish_reason == "stop"
 
 
 def evaluate(base: Base, engine: Engine, voice: Voice, request: EvaluateRequest) -> Generator[None, None, Evaluation]:
@@ -181,7 +193,7 @@ def evaluate(base: Base, engine: Engine, voice: Voice, request: EvaluateRequest)
         scored_tokens=voice_score.tokens,
         scored_conversations=len(rows),
         scored_on=scored_on,
-        test_responses=answered,
+        test_responses=[answer.response for answer in answered],
         total_parameters=voice.metadata["total_parameters"],
         trainable_parameters=voice.metadata["trainable_parameters"],
         model_size_mb=round((Path(request.adapter.path) / WEIGHTS).stat().st_size / 1e6, 3),

@@ -20,16 +20,18 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from repertory.contracts import RunEvent, RunSpec
-from repertory.data.conversations import Conversation
+from repertory.data.conversations import Conversation, Message
 from repertory.data.prepare import Split, read_conversations, split, with_system
-from repertory.data.render import Row
+from repertory.data.render import Renderer, Row
 from repertory.errors import DataUnusable, JobFailed
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
-from repertory.model import hyperparameters
+from repertory.model import certificate, hyperparameters
 from repertory.model.base import Base
+from repertory.model.certificate import Check
 from repertory.model.checkpoint import Checkpoint
 from repertory.model.engine import Engine
-from repertory.model.evaluation import Score, gain_and_error, prompts_from, replies, score
+from repertory.model.evaluation import Score, prompts_from, replies, score
+from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix
@@ -37,8 +39,6 @@ from repertory.model.plan import Plan, Work
 from repertory.model.voices import METADATA
 
 REPORT = "report.json"
-ENOUGH_HELD_OUT = 10  # rows; with fewer, a comparison of two voices is noise
-
 Story = Generator[RunEvent | None, None, None]
 
 
@@ -113,10 +113,13 @@ class TrainingRun:
             yield self._event("evaluating", phase="proving the voice")
             names = adapter.save(output)
             reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
-            self._prove_reload(adapter, reloaded, scored_rows)
+            checks = [*data.checks(base.renderer), *self._reload_checks(adapter, reloaded, scored_rows)]
             voice_score = yield from self._scored(scored_rows, reloaded)
             board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
         report = self._report(data, base_score, voice_score)
+        gains = voice_score.gains_over(base_score)
+        checks.append(certificate.learned(gains, is_held_out=bool(data.held_out)).or_fail())
+        checks.append((yield from self._abilities_check(reloaded)).or_fail())
         if spec.current is not None:
             current = Adapter.load(Path(spec.current.path), base.layers).to(base.device, torch.float32)
             current_score = yield from self._scored(scored_rows, current)
@@ -125,7 +128,12 @@ class TrainingRun:
         prompts = list(spec.test_prompts) or prompts_from(data.held_out_conversations)
         serving = reloaded.to(base.device, base.dtype)
         answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
-        report["test_responses"] = [response.model_dump() for response in answered]
+        report["test_responses"] = [answer.response.model_dump() for answer in answered]
+        stops = [answer.voice_stopped for answer in answered], [answer.base_stopped for answer in answered]
+        checks.append(certificate.stops_by_itself(*stops).or_fail())
+        said = [answer.response.generated_response for answer in answered]
+        checks.append(certificate.does_not_recite(said, data.training_texts).or_fail())
+        report["checks"] = certificate.as_report(checks)
         metadata |= {"report": report, "final_loss": told["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
@@ -142,11 +150,13 @@ class TrainingRun:
         data = TrainingData(conversations, parts)
         for indices, rows in ((parts.training, data.training), (parts.held_out, data.held_out)):
             for number, at in enumerate(indices):
-                row = self.base.renderer.row(with_system(conversations[at], spec.system_prompt), longest)
+                messages = with_system(conversations[at], spec.system_prompt)
+                row = self.base.renderer.row(messages, longest)
                 if row is None:
                     data.skipped.append(at)
                 else:
                     rows.append(row)
+                    data.rendered.append((messages, row))
                     data.shortened += row.dropped_messages > 0
                 if number % 256 == 0:
                     yield
@@ -209,60 +219,37 @@ class TrainingRun:
         self.work.advance(sum(len(row.input_ids) for row in rows))
         return scored
 
-    def _prove_reload(self, trained: Adapter, reloaded: Adapter, rows: Sequence[Row]) -> None:
+    def _reload_checks(self, trained: Adapter, reloaded: Adapter, rows: Sequence[Row]) -> list[Check]:
         """The adapter as others will read it must compute what the trainer computed, and not what the base computes."""
         batch = MicroBatch.of(rows[:1], self.base.device)
 
-        def nll(adapter: Adapter | None) -> torch.Tensor:
+        def nll(adapter: Adapter | None) -> list[float]:
             routing = None if adapter is None else Training(adapter)
             with torch.inference_mode(), self.base.passing(batch.layout, routing):
-                return batch.nll(self.base, routing)
+                return batch.nll(self.base, routing).tolist()
 
         of_trained, of_reloaded, of_base = nll(trained), nll(reloaded), nll(None)
-        if not torch.equal(of_trained, of_reloaded):
-            raise JobFailed(
-                "the adapter read back from disk does not reproduce the trainer's outputs",
-                code="reload_mismatch",
-                cure="Check the disk that holds FINETUNED_MODEL_DIR, then start the job again.",
-            )
-        if torch.equal(of_reloaded, of_base):
-            raise JobFailed(
-                "the trained adapter changes nothing in the base model's outputs",
-                code="did_not_learn",
-                cure="Raise learning_rate or num_train_epochs.",
-            )
+        return [
+            certificate.reload_reproduces_the_trainer(of_trained, of_reloaded).or_fail(),
+            certificate.differs_from_base(of_reloaded, of_base).or_fail(),
+        ]
+
+    def _abilities_check(self, voice: Adapter) -> Generator[None, None, Check]:
+        """Score general chats with base and voice, with the system prompt of neither: a bound on what was forgotten."""
+        rows = [row for row in (self.base.renderer.row(chat.messages) for chat in general_chats()) if row is not None]
+        base_score = yield from score(self.base, rows, None)
+        voice_score = yield from score(self.base, rows, voice)
+        return certificate.keeps_its_abilities(base_score.gains_over(voice_score))
 
     def _report(self, data: TrainingData, base_score: Score, voice_score: Score) -> dict[str, Any]:
-        """What was proven. Raises JobFailed if the voice is worse than the base beyond doubt."""
-        gain, error = gain_and_error(voice_score, base_score)
-        scored = len(voice_score.row_nll)
-        if voice_score.mean_nll < base_score.mean_nll:
-            learned = "passed"
-        elif scored >= ENOUGH_HELD_OUT and data.held_out and gain + 2 * error < 0:
-            raise JobFailed(
-                f"the voice predicts held-out conversations worse than the base: "
-                f"{voice_score.mean_nll:.3f} against {base_score.mean_nll:.3f} nats a token",
-                code="did_not_learn",
-                cure="Lower learning_rate or num_train_epochs, or add more conversations of this person.",
-            )
-        else:
-            learned = "inconclusive"
         return {
             "perplexity": voice_score.perplexity,
             "base_perplexity": base_score.perplexity,
             "val_nll": voice_score.mean_nll,
             "base_val_nll": base_score.mean_nll,
-            "gain_nats_per_token": gain,
-            "gain_standard_error": error if math.isfinite(error) else None,
-            "scored_conversations": scored,
+            "scored_conversations": len(voice_score.row_nll),
             "scored_tokens": voice_score.tokens,
             "scored_on": "held-out" if data.held_out else "training",
-            "checks": {
-                "only_the_assistant_is_trained": "passed",  # rendering labels nothing else; see data/render.py
-                "reload_reproduces_the_trainer": "passed",
-                "differs_from_base": "passed",
-                "learned": learned,
-            },
         }
 
     # What is told
@@ -335,6 +322,7 @@ class TrainingData:
         self.parts = parts
         self.training: list[Row] = []
         self.held_out: list[Row] = []
+        self.rendered: list[tuple[list[Message], Row]] = []  # all of them, with what they were made of
         self.skipped: list[int] = []  # indices of conversations too long even for their last exchange
         self.shortened = 0  # rows that lost their oldest messages
 
@@ -342,6 +330,18 @@ class TrainingData:
     def held_out_conversations(self) -> list[Conversation]:
         """Where to take test prompts from: the held-out conversations, or all where none is held out."""
         return [self.conversations[at] for at in self.parts.held_out or self.parts.training]
+
+    @property
+    def training_texts(self) -> list[str]:
+        """What the assistant said in the conversations that were trained on."""
+        chosen = (self.conversations[at] for at in self.parts.training)
+        return [message.content for chat in chosen for message in chat.messages if message.role == "assistant"]
+
+    def checks(self, renderer: Renderer) -> list[Check]:
+        return [
+            certificate.only_the_assistant_is_trained(renderer, self.rendered).or_fail(),
+            certificate.every_turn_end_is_trained(renderer, [row for _, row in self.rendered]).or_fail(),
+        ]
 
     @property
     def warnings(self) -> list[str]:
