@@ -7,15 +7,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Device
 from repertory.data.render import Renderer
@@ -23,11 +24,11 @@ from repertory.errors import BaseModelUnavailable, InsufficientMemory
 from repertory.model import bundled
 from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
+from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.rmsnorm import replace_rms_norms
 from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.0, "4bit": 0.52}  # NF4, doubly quantized scales
 EXACT_TOKENS = 32
 PADDING = 32
 TESTED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma 2 and 3, Phi, GPT-NeoX, GPT-2 and OPT"
@@ -52,20 +53,41 @@ def detect_device() -> Device:
     )
 
 
-@dataclass
-class Base:
-    """One base model on one device. Every forward pass goes through `passing`, `hidden` and `logits`."""
+@dataclass(kw_only=True)
+class Outline:
+    """A base model's shapes and limits: all that can be said of it where its weights are not in memory."""
 
     key: BaseKey
     device: torch.device
-    dtype: torch.dtype  # of the activations, and of the weights where they are not quantized
     model: nn.Module
-    body: nn.Module  # everything but the output embeddings
     layers: dict[str, LoraLinear]
+    max_positions: int
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Of the base model as published: quantized weights are packed, so they cannot be counted by numel."""
+        counted = 0
+        for name, weight in self.model.named_parameters():
+            layer = self.layers.get(name.removesuffix(".base.weight"))
+            counted += math.prod(layer.shape) if layer is not None else weight.numel()
+        return counted
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        shapes = {name: layer.shape for name, layer in self.layers.items()}
+        return Architecture.of(self.model.config, shapes, self.parameter_count)
+
+
+@dataclass(kw_only=True)
+class Base(Outline):
+    """One base model on one device. Every forward pass goes through `passing`, `hidden` and `logits`."""
+
+    dtype: torch.dtype  # of the activations, and of the weights where they are not quantized
+    body: nn.Module  # everything but the output embeddings
     router: Router
     renderer: Renderer
-    max_positions: int
     has_conv1d: bool
+    memory_limit_bytes: int | None = None  # MAX_GPU_MEMORY_GB
 
     @contextmanager
     def passing(self, layout: Layout, routing: Routing | None) -> Iterator[None]:
@@ -101,13 +123,10 @@ class Base:
         return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
     @property
-    def parameter_count(self) -> int:
-        """Of the base model as published: quantized weights are packed, so they cannot be counted by numel."""
-        counted = 0
-        for name, weight in self.model.named_parameters():
-            layer = self.layers.get(name.removesuffix(".base.weight"))
-            counted += math.prod(layer.shape) if layer is not None else weight.numel()
-        return counted
+    def available_bytes(self) -> int:
+        """What this base model and everything beside it may take: its own weights, and what is free now."""
+        available = self.architecture.base_bytes(self.key) + free_bytes(self.device.type)
+        return available if self.memory_limit_bytes is None else min(available, self.memory_limit_bytes)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -136,7 +155,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     folder = locate(name, settings, say)
     say(f"loading {name} ({_precision(key)}) on {device.name}")
     _check_memory(folder, key, device, settings)
-    torch_device = torch.device("cuda", 0) if device.kind == "cuda" else torch.device("cpu")
+    torch_device = _torch_device(device)
     dtype = DTYPES[key.dtype]
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -174,8 +193,9 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         layers=layers,
         router=router,
         renderer=Renderer(tokenizer),
-        max_positions=int(getattr(model.config, "max_position_embeddings", 0) or 2048),
+        max_positions=_max_positions(model.config),
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
+        memory_limit_bytes=_limit_bytes(settings),
     )
     _check_forward(base, name)
     return base
@@ -256,29 +276,64 @@ def _quantization(key: BaseKey, settings: Settings) -> BitsAndBytesConfig | None
     return None
 
 
+def outline(folder: Path, key: BaseKey, device: Device) -> Outline:
+    """The model that `folder`'s config.json describes, as it would be on `device`: built on torch's meta device.
+
+    Raises BaseModelUnavailable.
+    """
+    name = key.base_model
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=DTYPES[key.dtype])
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
+    _, blocks, prefix = _parts(model, name)
+    return Outline(
+        key=key,
+        device=_torch_device(device),
+        model=model,
+        layers=wrap_linear_layers(blocks, prefix, Router()),
+        max_positions=_max_positions(config),
+    )
+
+
+def _torch_device(device: Device) -> torch.device:
+    return torch.device("cuda", 0) if device.kind == "cuda" else torch.device("cpu")
+
+
+def free_bytes(kind: str) -> int:
+    """Of the memory that a device of this kind computes in, now."""
+    if kind == "cuda":
+        return int(torch.cuda.mem_get_info(0)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _max_positions(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", 0) or 2048)
+
+
+def _limit_bytes(settings: Settings) -> int | None:
+    return None if settings.max_gpu_memory_gb is None else int(settings.max_gpu_memory_gb * GIB)
+
+
 def _check_memory(folder: Path, key: BaseKey, device: Device, settings: Settings) -> None:
     """Refuse a base model that cannot fit, before half of it is loaded."""
-    needed = weight_count(folder) * BYTES_PER_WEIGHT[key.dtype if key.quantization == "none" else key.quantization]
-    if device.kind == "cuda":
-        free = float(torch.cuda.mem_get_info(0)[0])
-    else:
-        free = float(psutil.virtual_memory().available)
-    if settings.max_gpu_memory_gb is not None:
-        free = min(free, settings.max_gpu_memory_gb * 2**30)
+    architecture = outline(folder, key, device).architecture
+    needed = architecture.base_bytes(key)
+    free = free_bytes(device.kind)
+    limit = _limit_bytes(settings)
+    if limit is not None:
+        free = min(free, limit)
     if needed > free:
+        fitting = quantizations_that_fit(architecture, key, free)
         raise InsufficientMemory(
-            f"the base model needs about {needed / 2**30:.1f} GiB as {_precision(key)}; "
-            f"{device.name} has {free / 2**30:.1f} GiB free"
+            f"the base model {key.base_model} needs about {gib(needed)} as {_precision(key)}; "
+            f"{device.name} has {gib(free)} {'free' if limit is None else 'free within MAX_GPU_MEMORY_GB'}",
+            cure=f"Set {' or '.join(fitting)}, or choose a smaller base model."
+            if fitting
+            else "Choose a smaller base model; this one does not fit in 4-bit either.",
         )
-
-
-def weight_count(folder: Path) -> int:
-    """Number of weights in the folder's safetensors files, read from their headers."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
 
 
 def _parts(model: Any, name: str) -> tuple[nn.Module, nn.ModuleList, str]:

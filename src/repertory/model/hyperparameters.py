@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from repertory.contracts import Hyperparameters
 from repertory.errors import InvalidInput
-from repertory.model.base import Base
+from repertory.model.base import Outline
 from repertory.model.lora import choose_layers
 
 MIN_STEPS = 100  # LoRA wants this many: https://tinker-docs.thinkingmachines.ai/lora-primer
@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
         return self.learning_rate * (0.1 + 0.9 * left)
 
 
-def max_seq_length(asked: Hyperparameters, base: Base) -> int:
+def max_seq_length(asked: Hyperparameters, base: Outline) -> int:
     """Tokens of the longest row. Raises InvalidInput where the base model has fewer positions than asked for."""
     if asked.max_seq_length is None:
         return min(2048, base.max_positions)
@@ -60,7 +60,7 @@ def max_seq_length(asked: Hyperparameters, base: Base) -> int:
     return asked.max_seq_length
 
 
-def resolve(asked: Hyperparameters, base: Base, rows: int, prefix: int) -> TrainConfig:
+def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> TrainConfig:
     """Fill in what was not asked for, for `rows` training rows that share `prefix` tokens.
 
     Raises InvalidInput where a value does not fit the base model.
@@ -121,7 +121,7 @@ def _learning_rate(parameters: int) -> float:
     return 2e-4 if billions < 30 else 1e-4
 
 
-def _suffix_tokens(asked: Hyperparameters, base: Base, prefix: int) -> int:
+def _suffix_tokens(asked: Hyperparameters, base: Outline, prefix: int) -> int:
     """Tokens after the shared prefix of one forward: enough to keep the device busy and to pay for the prefix, few
     enough that a request which waits for the forward to end hardly notices; under the cap that BATCH_SIZE sets.
     """

@@ -1,0 +1,208 @@
+"""How much memory a base model and a training run take, from shapes alone: no weights are needed, nothing is run.
+
+Activations are what autograd keeps between forward and backward, counted operation by operation as this package
+computes them (`lora`, `rmsnorm`, `attention.PackedRows`, `microbatch`), for one micro-batch. How well that agrees with
+what the CPU really allocates is printed by `python -m benchmarks.memory` and held to by a test.
+
+Shapes: h hidden size, i intermediate size, q query heads x head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from repertory.contracts import BaseKey
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# NF4 and FP4: half a byte, an 8-bit scale per 64 weights, and an fp32 scale per 256 of those ("double quantization",
+# https://arxiv.org/abs/2305.14314). 8-bit: a byte, and an fp32 scale per output feature, which is next to nothing.
+QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+LOGITS_POSITIONS = 256  # `microbatch.LOGITS_CHUNK`, which cannot be imported from here
+BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and the gradient: measured, see the test
+GIB = 2**30
+SHORTER_ROWS = (1024, 512, 256)  # tokens: what is advised where a row does not fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the memory of a causal language model depends on."""
+
+    hidden_size: int
+    intermediate_size: int  # features between the MLP's layers, of one token
+    is_gated: bool  # the MLP multiplies two projections
+    blocks: int
+    query_size: int  # query heads x head size
+    vocabulary: int
+    linear: dict[str, tuple[int, int]]  # (in_features, out_features) of the blocks' linear layers, by name
+    parameters: int
+
+    @staticmethod
+    def of(config: Any, linear: dict[str, tuple[int, int]], parameters: int) -> Architecture:
+        """From a transformers config, the linear layers of the blocks, and the count of all parameters."""
+        hidden = int(config.hidden_size)
+        experts = getattr(config, "num_experts_per_tok", None) or 1  # of a mixture, those a token goes through
+        one = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+        intermediate = int(one or getattr(config, "n_inner", None) or 4 * hidden)
+        head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        into_mlp = sum(out for _, out in linear.values() if out % intermediate == 0) // config.num_hidden_layers
+        return Architecture(
+            hidden_size=hidden,
+            intermediate_size=intermediate * int(experts),
+            is_gated=into_mlp >= 2 * intermediate or experts > 1,
+            blocks=int(config.num_hidden_layers),
+            query_size=int(config.num_attention_heads * head_size),
+            vocabulary=int(config.vocab_size),
+            linear=linear,
+            parameters=parameters,
+        )
+
+    def base_bytes(self, key: BaseKey) -> int:
+        """Of the loaded weights: linear layers of the blocks quantized, embeddings and norms in the key's dtype."""
+        in_blocks = sum(math.prod(shape) for shape in self.linear.values())
+        per_weight = QUANTIZED_BYTES.get(key.quantization, BYTES[key.dtype])
+        return int(in_blocks * per_weight + (self.parameters - in_blocks) * BYTES[key.dtype])
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Tokens of one forward pass: a prefix that its rows share, and what each row has after it."""
+
+    prefix: int
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + sum(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes on the device."""
+
+    base: int
+    adapter: int  # fp32, which are the master weights too; and their copy in the base's precision
+    gradients: int
+    optimizer: int  # two fp32 moments of AdamW
+    activations: int  # the most that one forward and backward holds beside all that
+
+    @property
+    def run(self) -> int:
+        """What a run takes beside the base model."""
+        return self.adapter + self.gradients + self.optimizer + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.base + self.run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What decides how much memory a run takes."""
+
+    architecture: Architecture
+    key: BaseKey
+    rank: int
+    adapted: tuple[str, ...]  # names of linear layers
+    dropout: float
+    batch: BatchShape  # the largest micro-batch
+    gradient_checkpointing: bool = False  # keep the blocks' inputs alone, and compute the rest again going back
+
+    def estimate(self) -> Estimate:
+        architecture = self.architecture
+        weights = sum(self.rank * sum(architecture.linear[name]) for name in self.adapted)
+        element = BYTES[self.key.dtype]
+        return Estimate(
+            base=architecture.base_bytes(self.key),
+            adapter=weights * (4 + (element if element < 4 else 0)),
+            gradients=4 * weights,
+            optimizer=8 * weights,
+            activations=self._activations(),
+        )
+
+    def _activations(self) -> int:
+        """Kept by all blocks, and beside it the larger of the two things that come and go: the logits of a chunk when
+        the backward pass begins, or the gradients inside one MLP.
+        """
+        architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
+        block = self._kept_by_a_block()
+        kept = architecture.blocks * block
+        if self.gradient_checkpointing:
+            kept = architecture.blocks * batch.tokens * architecture.hidden_size * element + block
+        logits = min(batch.tokens, LOGITS_POSITIONS) * architecture.vocabulary * BYTES_PER_LOGIT
+        gradients = batch.tokens * 3 * (architecture.intermediate_size + architecture.hidden_size) * element
+        unpacked = 0  # quantized weights become a whole matrix for their product
+        if self.key.quantization != "none":
+            unpacked = max(map(math.prod, architecture.linear.values())) * element
+        return kept + max(logits, gradients) + unpacked
+
+    def _kept_by_a_block(self) -> int:
+        """Bytes that autograd keeps of one block."""
+        architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
+        h, i, q = architecture.hidden_size, architecture.intermediate_size, architecture.query_size
+        # Each norm keeps its input and a number; the activation function its input, and a gate both of its factors.
+        features = 2 * h + (3 if architecture.is_gated else 1) * i
+        masks = 0
+        adapted = [architecture.linear[name] for name in self.adapted]
+        low_rank = self.rank * len(adapted) // architecture.blocks
+        if self.dropout:  # each layer keeps its input with some of it dropped, and which
+            inputs = sum(into for into, _ in adapted) // architecture.blocks
+            features, masks = features + inputs, inputs
+        else:  # layers that read the same share it
+            has_mlp = any(i in shape for shape in adapted)
+            features += h + q + (h + i if has_mlp else 0)
+        per_token = (features + low_rank) * element + masks + 2 * 4
+        return batch.tokens * per_token + self._attention_elements() * element
+
+    def _attention_elements(self) -> int:
+        """Queries, keys, values and outputs. Several rows are padded to the longest, and each has keys and values of
+        the whole prefix."""
+        batch = self.batch
+        if len(batch.lengths) == 1:
+            return 4 * batch.tokens * self.architecture.query_size
+        rows, longest = len(batch.lengths), max(batch.lengths)
+        positions = 2 * rows * longest + 2 * rows * (batch.prefix + longest) + 4 * batch.prefix
+        return positions * self.architecture.query_size
+
+
+def cures(demand: Demand, available_bytes: int) -> list[str]:
+    """Settings with which the run would fit, the mildest first; at most three. `demand` has a single row.
+
+    Quantization that the job does not have yet, shorter rows, or both.
+    """
+    found = []
+    for key in _keys(demand.key):
+        for tokens in (demand.batch.tokens, *(short for short in SHORTER_ROWS if short < demand.batch.tokens)):
+            changed = replace(demand, key=key, batch=BatchShape(0, (tokens,)))
+            if changed == demand or changed.estimate().total > available_bytes:
+                continue
+            settings = [f"max_seq_length={tokens}"] if tokens < demand.batch.tokens else []
+            if key != demand.key:
+                settings.insert(0, f"use_{key.quantization}=true")
+            found.append(f"{' and '.join(settings)} ({gib(changed.estimate().total)})")
+            break
+    return found[:3]
+
+
+def quantizations_that_fit(architecture: Architecture, key: BaseKey, available_bytes: float) -> list[str]:
+    """Settings with which the base model alone would fit."""
+    return [
+        f"use_{other.quantization}=true ({gib(architecture.base_bytes(other))})"
+        for other in _keys(key)
+        if other != key and architecture.base_bytes(other) <= available_bytes
+    ]
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+def _keys(key: BaseKey) -> Iterator[BaseKey]:
+    """This precision, and the smaller ones."""
+    yield key
+    if key.quantization == "none":
+        yield key.model_copy(update={"quantization": "8bit"})
+    if key.quantization != "4bit":
+        yield key.model_copy(update={"quantization": "4bit"})
