@@ -61,6 +61,7 @@ def test_a_run_tells_its_story_and_leaves_a_whole_voice(base: Base, make_spec: M
     assert [event.kind for event in events if event.kind != "step"] == [
         "preparing",
         "preparing",
+        "preparing",
         "running",
         "checkpoint",
         "checkpoint",

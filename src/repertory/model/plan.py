@@ -25,6 +25,13 @@ class Cut:
     from_step: int
     suffix_tokens: int  # after the shared prefix, of one forward; a longer row goes alone
 
+    @property
+    def warning(self) -> str:
+        return (
+            f"Memory ran out, so from step {self.from_step} on a forward pass has at most {self.suffix_tokens} tokens"
+            " beside the shared prefix. The effective batch is the same; training is slower."
+        )
+
 
 class Plan:
     """Which rows go through which optimizer step, in which micro-batches: a pure function of rows, config and cuts.
@@ -134,7 +141,7 @@ class Work:
         (begin, _, before), (end, _, after) = self._recent[0], self._recent[-1]
         return (after - before) / max(end - begin, 1e-9)
 
-    def assume(self, rate: float) -> None:
+    def assume(self, rate: float | None) -> None:
         """Work per second, for as long as no two steps have told a better one."""
         self._assumed_rate = rate
 

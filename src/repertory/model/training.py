@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix
-from repertory.model.plan import Plan, Work
+from repertory.model.plan import Cut, Plan, Work
+from repertory.model.probe import does_not_fit, is_out_of_memory, probe, release
 from repertory.model.voices import METADATA
 
 REPORT = "report.json"
@@ -72,32 +74,42 @@ class TrainingRun:
             return
         data = yield from self._prepared()
         config = hyperparameters.resolve(spec.hyperparameters, base, len(data.training), common_prefix(data.training))
-        plan = Plan(data.training, config)
         fingerprint = _fingerprint(spec, base, config, data)
+        checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
+        told: dict[str, Any] = checkpoint.story if checkpoint is not None else {}
+        plan = Plan(data.training, config, [Cut(**cut) for cut in told.get("cuts", [])])
+        if checkpoint is None:
+            yield self._event("preparing", phase="trying the largest micro-batch")
+            told["rate"] = yield from probe(base, plan, self._fresh_adapter(config))
+        self.work.assume(told.get("rate"))
         adapter = self._fresh_adapter(config)
         optimizer = torch.optim.AdamW(
             adapter.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
-        told: dict[str, Any] = {}
         if checkpoint is not None:
             checkpoint.restore(adapter, optimizer)
-            told = checkpoint.story
+        elif plan.cuts:
+            yield self._keep_cuts(plan, adapter, optimizer, 0, fingerprint, told)
         done = checkpoint.step if checkpoint is not None else 0
-        self.work.expect(plan, done, sum(len(row.input_ids) for row in data.held_out or data.training))
         scored_rows = data.held_out or data.training
+        scored_tokens = sum(len(row.input_ids) for row in scored_rows)
+        self.work.expect(plan, done, scored_tokens)
         if "base_nll" not in told:
             yield self._event("preparing", phase="measuring the base model")
             base_score = yield from self._scored(scored_rows, None)
             told["base_nll"] = base_score.row_nll
         base_score = Score(told["base_nll"], [row.trained_tokens for row in scored_rows])
 
-        metadata = self._metadata(config, data, adapter, resumed_from=done if checkpoint is not None else None)
-        yield self._event("running", phase="training", **metadata)
+        metadata = self._metadata(plan, data, adapter, resumed_from=done if checkpoint is not None else None)
+        yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **metadata)
         output.mkdir(parents=True, exist_ok=True)
         with _tensorboard(output, done) as board:
             for step in range(done + 1, config.total_steps + 1):
-                loss, norm = yield from self._optimizer_step(plan, step, adapter, optimizer)
+                while (outcome := (yield from self._step_if_it_fits(plan, step, adapter, optimizer))) is None:
+                    yield self._keep_cuts(plan, adapter, optimizer, step - 1, fingerprint, told)
+                    metadata["warnings"] = [*metadata["warnings"], plan.cuts[-1].warning]
+                    self.work.expect(plan, step - 1, scored_tokens)
+                loss, norm = outcome
                 told["final_loss"] = loss
                 board.add_scalar("train/loss", loss, step)
                 board.add_scalar("train/learning_rate", config.learning_rate_at(step), step)
@@ -181,6 +193,37 @@ class TrainingRun:
 
     # Training
 
+    def _step_if_it_fits(
+        self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
+    ) -> Generator[None, None, tuple[float, float] | None]:
+        """An optimizer step; or None where memory ran out, with the plan cut from this step on and nothing changed.
+
+        Raises InsufficientMemory if the step's rows go alone already.
+        """
+        try:
+            return (yield from self._optimizer_step(plan, step, adapter, optimizer))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release(adapter)
+        if not plan.cut(step, plan.largest(step, step, lambda batch: len(batch.lengths))):
+            raise does_not_fit(self.base, plan)
+        return None
+
+    def _keep_cuts(
+        self,
+        plan: Plan,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        done: int,
+        fingerprint: str,
+        told: dict[str, Any],
+    ) -> RunEvent:
+        """A checkpoint before anything is computed with the new cut, so that a resume finds the same plan."""
+        told["cuts"] = [asdict(cut) for cut in plan.cuts]
+        Checkpoint.of(adapter, optimizer, done, fingerprint, told).write(Path(self.spec.checkpoint_dir))
+        return self._event("checkpoint", step=done, warnings=[plan.cuts[-1].warning])
+
     def _optimizer_step(
         self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
     ) -> Generator[None, None, tuple[float, float]]:
@@ -209,7 +252,12 @@ class TrainingRun:
             )
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        optimizer.step()
+        try:
+            optimizer.step()
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):  # half a step may be taken, so it cannot be tried again
+                raise does_not_fit(base, plan) from error
+            raise
         return loss, norm
 
     # Proof
@@ -274,10 +322,8 @@ class TrainingRun:
             "eta_seconds": self.work.eta_seconds,
         }
 
-    def _metadata(
-        self, config: TrainConfig, data: TrainingData, adapter: Adapter, resumed_from: int | None
-    ) -> dict[str, Any]:
-        key, renderer = self.base.key, self.base.renderer
+    def _metadata(self, plan: Plan, data: TrainingData, adapter: Adapter, resumed_from: int | None) -> dict[str, Any]:
+        config, key, renderer = plan.config, self.base.key, self.base.renderer
         metadata: dict[str, Any] = {
             "training_id": self.spec.training_id,
             "base_model": key.base_model,
@@ -297,7 +343,7 @@ class TrainingRun:
             "training_tokens": sum(len(row.input_ids) for row in data.training),
             "trained_tokens": sum(row.trained_tokens for row in data.training),
             "shared_prefix_tokens": common_prefix(data.training),
-            "warnings": data.warnings,
+            "warnings": [*data.warnings, *(cut.warning for cut in plan.cuts)],
         }
         if resumed_from is not None:
             metadata["resumed_from_step"] = resumed_from
