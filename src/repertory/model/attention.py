@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -30,13 +30,11 @@ ATTENTION = "repertory"
 class Layout(Protocol):
     """Who may see whom in one forward pass."""
 
-    @property
-    def token_count(self) -> int:
-        """N; what a forward pass computes beyond them is padding that nobody sees."""
-        ...
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
-        """query (1, H, N, D), key and value (1, G, N, D) -> (1, H, N, D)."""
+        """query (1, H, N, D), key and value (1, G, N, D) -> (1, H, N, D).
+
+        N may exceed the layout's tokens: what follows them is padding, whose values do not matter.
+        """
         ...
 
 
@@ -82,9 +80,7 @@ def packed_attention(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
     )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    tokens = _layout.token_count
-    seen = _layout.attend(layer, query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens], how)
-    return F.pad(seen.transpose(1, 2), (0, 0, 0, 0, 0, query.shape[2] - tokens)), None
+    return _layout.attend(layer, query, key, value, how).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
@@ -129,29 +125,32 @@ class PackedRows:
         return torch.cat(spans).to(self.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
-        group = query.shape[1] // key.shape[1]
-        P, R = self.prefix, len(self.lengths)
-        if R <= 1:  # a single row is the prefix's plain continuation
-            return causal_attention(query, key, value, group, how)
-        T = max(self.lengths)
+        _, H, N, D = query.shape
+        G, R, P = key.shape[1], len(self.lengths), self.prefix
+        if R <= 1:  # a single row is the prefix's plain continuation, and padding comes after it
+            return causal_attention(query, key, value, H // G, how)
+        T, after = max(self.lengths), sum(self.lengths)
+        # Split at once and joined at once: the gradient of a slice would fill the whole with zeros, for each slice.
+        parts = [torch.split(each, [P, after, N - P - after], dim=2) for each in (query, key, value)]
+        (query_P, query_R, padding), (key_P, key_R, _), (value_P, value_R, _) = parts
 
         def rows(packed: Tensor) -> Tensor:
-            """(1, heads, N, D) -> (R, heads, T, D)"""
-            tokens = packed[0, :, P:].transpose(0, 1).flatten(1)
+            """(1, heads, N - P, D) -> (R, heads, T, D)"""
+            tokens = packed[0].transpose(0, 1).flatten(1)
             spread = _Spread.apply(tokens, self._spread, self._gather)  # type: ignore[no-untyped-call]
-            return spread.view(R, T, -1, packed.shape[-1]).transpose(1, 2)  # type: ignore[no-any-return]
+            return spread.view(R, T, -1, D).transpose(1, 2)  # type: ignore[no-any-return]
 
-        def with_prefix(packed: Tensor) -> Tensor:
-            """(1, G, N, D) -> (R, G, P + T, D)"""
-            return torch.cat((packed[:, :, :P].expand(R, -1, -1, -1), rows(packed)), dim=2) if P else rows(packed)
+        def with_prefix(prefix: Tensor, packed: Tensor) -> Tensor:
+            """(R, G, P + T, D)"""
+            return torch.cat((prefix.expand(R, -1, -1, -1), rows(packed)), dim=2) if P else rows(packed)
 
-        seen = causal_attention(rows(query), with_prefix(key), with_prefix(value), group, how)
-        places = seen.transpose(1, 2).reshape(R * T, -1)
-        after = _Gather.apply(places, self._gather).view(1, -1, query.shape[1], query.shape[3])  # type: ignore[no-untyped-call]
-        if not P:
-            return after.transpose(1, 2)  # type: ignore[no-any-return]
-        before = causal_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], group, how)
-        return torch.cat((before.transpose(1, 2), after), dim=1).transpose(1, 2)
+        seen = causal_attention(rows(query_R), with_prefix(key_P, key_R), with_prefix(value_P, value_R), H // G, how)
+        places = seen.transpose(1, 2).reshape(R * T, H * D)
+        gathered: Tensor = _Gather.apply(places, self._gather)  # type: ignore[no-untyped-call]
+        joined = [gathered.view(1, after, H, D), padding.detach().transpose(1, 2)]
+        if P:
+            joined.insert(0, causal_attention(query_P, key_P, value_P, H // G, how).transpose(1, 2))
+        return torch.cat(joined, dim=1).transpose(1, 2)
 
 
 class _Spread(torch.autograd.Function):
@@ -192,26 +191,33 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, group: int, how:
     T, S = query.shape[2], key.shape[2]
     window = None if how.window is None or how.window >= S else how.window
     if query.device.type == "cpu" and how.softcap is None and S <= MOST_WRITTEN_OUT:
-        return _written_out(query, key, value, group, how, causal_mask(T, S, window, query.device))
+        return _written_out(query, key, value, group, how, window)
     if T == S and window is None and how.softcap is None:
         key, value = _repeated(key, group), _repeated(value, group)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=how.scale)
     return scaled_dot_product(query, key, value, group, causal_mask(T, S, window, query.device), how)
 
 
-def _written_out(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring, mask: Tensor) -> Tensor:
+def _written_out(query: Tensor, key: Tensor, value: Tensor, group: int, how: Scoring, window: int | None) -> Tensor:
     """Attention by three plain operations; the query heads that share a key head stand as tokens of one head.
 
     In bf16 the scores are rounded to bf16, as transformers' eager attention rounds them.
     """
     R, H, T, D = query.shape
     heads = R * H // group
-    hidden = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
-    hidden = hidden.repeat(group, 1).expand(heads, -1, -1)
+    hidden = _hidden_scores(T, key.shape[2], window, group, query.dtype, torch.is_inference_mode_enabled())
     grouped = query.reshape(heads, group * T, D)
     key, value = key.reshape(heads, -1, D), value.reshape(heads, -1, D)
-    weights = torch.baddbmm(hidden, grouped, key.transpose(1, 2), alpha=how.scale).softmax(-1)
+    weights = torch.baddbmm(hidden.expand(heads, -1, -1), grouped, key.transpose(1, 2), alpha=how.scale).softmax(-1)
     return torch.bmm(weights, value).view(R, H, T, D)
+
+
+@lru_cache(maxsize=8)  # the layers of one forward pass ask for the same one or two
+def _hidden_scores(T: int, S: int, window: int | None, group: int, dtype: torch.dtype, is_inference: bool) -> Tensor:
+    """(group * T, S) on the CPU: what to add to the scores, 0 or -inf. Inference tensors are kept apart: autograd takes
+    none."""
+    mask = causal_mask(T, S, window, torch.device("cpu"))
+    return torch.zeros(T, S, dtype=dtype).masked_fill_(~mask, float("-inf")).repeat(group, 1)
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -315,10 +321,6 @@ class CachedRows:
             spans.append(torch.arange(self.chunk[0], self.chunk[0] + self.chunk[1]))
         return torch.cat(spans).to(self.device)
 
-    @property
-    def token_count(self) -> int:
-        return len(self.pasts) + (self.chunk[1] if self.chunk else 0)
-
     @cached_property
     def _rows(self) -> Tensor:
         return torch.arange(len(self.pasts), device=self.device)
@@ -335,12 +337,14 @@ class CachedRows:
         if self.chunk:
             past, now = self.chunk
             end = past + now
-            keys[n, :, past:end] = key[0, :, n:]
-            values[n, :, past:end] = value[0, :, n:]
+            keys[n, :, past:end] = key[0, :, n : n + now]
+            values[n, :, past:end] = value[0, :, n : n + now]
             mask = causal_mask(now, end, how.window, self.device)
             held = (keys[n : n + 1, :, :end], values[n : n + 1, :, :end])
-            parts.append(scaled_dot_product(query[:, :, n:], *held, group, mask, how))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+            parts.append(scaled_dot_product(query[:, :, n : n + now], *held, group, mask, how))
+            n += now
+        parts.append(query[:, :, n:])  # padding
+        return torch.cat(parts, dim=2)
 
     @cached_property
     def _seen(self) -> Tensor:
