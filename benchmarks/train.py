@@ -1,0 +1,123 @@
+"""`make bench-train`: training against `trl.SFTTrainer`, the two alternating on the same rows of the same model.
+
+    python -m benchmarks.train [--workloads A B C] [--repeats 3] [--output docs/benchmarks/train.json]
+
+Same rows and labels, effective batch, rank, targets and rate. TRL runs in the fastest of its ways, found first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+
+TRL_WAYS = {
+    "bf16, 4 x 4": ["--dtype", "bf16", "--micro-batch", "4"],
+    "bf16, 16 x 1": ["--dtype", "bf16", "--micro-batch", "16"],
+    "bf16, 4 x 4, packed": ["--dtype", "bf16", "--micro-batch", "4", "--packing"],
+    "bf16, 4 x 4, chunked loss": ["--dtype", "bf16", "--micro-batch", "4", "--loss", "chunked_nll"],
+    "fp32, 4 x 4": ["--dtype", "fp32", "--micro-batch", "4"],
+}
+WHOLE_ROWS = 96
+STEPS = {"A": 4, "B": 2, "C": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workloads", nargs="+", default=["A", "B", "C"], choices=["A", "B", "C"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="also whole jobs, evaluation and certificate included")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine.facts(), "workloads": {}}
+    for name in args.workloads:
+        results["workloads"][name] = compare(name, args.repeats)
+        if args.whole and name != "C":
+            results["workloads"][name]["whole"] = compare_whole(name, results["workloads"][name]["trl_way"])
+    peak = machine.matmul_tflops(torch.bfloat16, 416, 576, 1536)
+    results["matmul_tflops"] = {"416 x 576 x 1536": round(peak, 3)}
+    if "A" in results["workloads"]:
+        results["workloads"]["A"]["share_of_matmul_peak"] = round(
+            results["workloads"]["A"]["repertory_tflops"] / peak, 2
+        )
+    show(results)
+    print(json.dumps(results))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def compare(name: str, repeats: int) -> dict[str, Any]:
+    steps = ["--steps", str(STEPS[name])]
+    found = {way: worker("trl", name, "--steps", "1", *flags) for way, flags in TRL_WAYS.items()}
+    best = max(found, key=lambda way: found[way]["tokens_per_second"])
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(worker("repertory", name, *steps))
+        theirs.append(worker("trl", name, *steps, *TRL_WAYS[best]))
+    our_rate, their_rate = median(ours, "tokens_per_second"), median(theirs, "tokens_per_second")
+    return {
+        "repertory_tokens_per_second": round(our_rate, 1),
+        "trl_tokens_per_second": round(their_rate, 1),
+        "ratio": round(our_rate / their_rate, 2),
+        "trl_way": best,
+        "trl_ways": {way: round(result["tokens_per_second"], 1) for way, result in found.items()},
+        "repertory_peak_mb": round(median(ours, "peak_bytes") / 1e6),
+        "trl_peak_mb": round(median(theirs, "peak_bytes") / 1e6),
+        "repertory_tflops": median(ours, "flops_per_second") / 1e12,
+    }
+
+
+def compare_whole(name: str, way: str) -> dict[str, Any]:
+    rows = ["--rows", str(WHOLE_ROWS), "--steps", "0"]
+    ours, theirs = worker("repertory", name, *rows), worker("trl", name, *rows, *TRL_WAYS[way])
+    return {
+        "repertory_seconds": round(ours["seconds"], 1),
+        "trl_seconds": round(theirs["seconds"], 1),
+        "ratio": round(theirs["seconds"] / ours["seconds"], 2),
+        "repertory_val_nll": round(ours["val_nll"], 4),
+        "trl_val_nll": round(theirs["val_nll"], 4),
+    }
+
+
+def worker(system: str, name: str, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train_worker", system, name, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(name, system, *flags, {key: value for key, value in result.items() if key not in ("system", "workload")})
+    return result
+
+
+def median(results: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(result[key] for result in results)
+
+
+def show(results: dict[str, Any]) -> None:
+    table = Table("workload", "Repertory, tokens/s", "TRL, tokens/s", "ratio", "TRL's way", "peak MB, ours", "TRL's")
+    for name, row in results["workloads"].items():
+        table.add_row(
+            name,
+            str(row["repertory_tokens_per_second"]),
+            str(row["trl_tokens_per_second"]),
+            str(row["ratio"]),
+            row["trl_way"],
+            str(row["repertory_peak_mb"]),
+            str(row["trl_peak_mb"]),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
