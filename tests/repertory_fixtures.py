@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 
 import tiny
-from repertory.contracts import BaseKey, Hyperparameters, RunSpec
+from repertory.contracts import BaseKey, Hyperparameters, RunEvent, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.model import base as base_module
 from repertory.model.base import Base
+from repertory.model.engine import Engine
+from repertory.model.training import TrainingRun
 from repertory.settings import Settings
 
 torch.set_num_threads(1)  # tiny products gain nothing from a second core, and lose much when it is busy
@@ -103,3 +106,30 @@ def make_spec(tmp_path: Path) -> MakeSpec:
         )
 
     return spec
+
+
+def run_to_end(base: Base, spec: RunSpec, until: Callable[[RunEvent], bool] = lambda event: False) -> list[RunEvent]:
+    """Drive a run as the device's loop does; stops early after an event for which `until` holds."""
+    engine = Engine(base)
+    run = TrainingRun(spec, base, engine)
+    events = []
+    try:
+        while True:
+            while engine.has_work:
+                engine.step()
+            event = run.step()
+            if event is not None:
+                events.append(event)
+                if until(event):
+                    run.close()
+                    return events
+    except StopIteration:
+        return events
+
+
+def steps_of(events: list[RunEvent]) -> dict[int, float]:
+    return {event.data["step"]: event.data["loss"] for event in events if event.kind == "step"}
+
+
+def weights_sha256(spec: RunSpec) -> str:
+    return hashlib.sha256((Path(spec.output_dir) / "adapter_model.safetensors").read_bytes()).hexdigest()

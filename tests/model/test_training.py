@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from repertory import manifest
-from repertory.contracts import AdapterRef, RunEvent, RunSpec
+from repertory.contracts import AdapterRef
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
@@ -25,34 +24,7 @@ from repertory.model.microbatch import MicroBatch
 from repertory.model.plan import Plan
 from repertory.model.training import TrainingRun
 from repertory.model.voices import Voices
-from repertory_fixtures import LoadBase, MakeSpec, conversation
-
-
-def run_to_end(base: Base, spec: RunSpec, until: Callable[[RunEvent], bool] = lambda event: False) -> list[RunEvent]:
-    """Drive a run as the device's loop does; stops early after an event for which `until` holds."""
-    engine = Engine(base)
-    run = TrainingRun(spec, base, engine)
-    events = []
-    try:
-        while True:
-            while engine.has_work:
-                engine.step()
-            event = run.step()
-            if event is not None:
-                events.append(event)
-                if until(event):
-                    run.close()
-                    return events
-    except StopIteration:
-        return events
-
-
-def steps_of(events: list[RunEvent]) -> dict[int, float]:
-    return {event.data["step"]: event.data["loss"] for event in events if event.kind == "step"}
-
-
-def weights_sha256(spec: RunSpec) -> str:
-    return hashlib.sha256((Path(spec.output_dir) / "adapter_model.safetensors").read_bytes()).hexdigest()
+from repertory_fixtures import LoadBase, MakeSpec, conversation, run_to_end, steps_of, weights_sha256
 
 
 def test_a_run_tells_its_story_and_leaves_a_whole_voice(base: Base, make_spec: MakeSpec) -> None:
