@@ -34,7 +34,7 @@ from repertory.model.voices import Voice
 
 REPLY_TOKENS = 64
 TEST_PROMPTS = 3
-SCORING_TOKENS = 512  # after the shared prefix, per forward pass without gradient
+SCORING_TOKENS = 640  # after the shared prefix, per forward pass without gradient
 
 Portions = Generator[None, None, "Score"]
 

@@ -129,6 +129,6 @@ def _suffix_tokens(asked: Hyperparameters, base: Outline, prefix: int) -> int:
     if base.device.type == "cuda":
         busy = min(max(int(4096 / billions), 512), 16384)
     else:
-        busy = min(max(int(52 / billions), 64), 384)
+        busy = min(max(int(86 / billions), 64), 640)  # about a second on 2 cores, for the bundled model
     cap = (asked.batch_size or 4) * max_seq_length(asked, base)
     return min(max(busy, 2 * prefix), cap)

@@ -108,14 +108,17 @@ class _ChunkedNLL(torch.autograd.Function):
 def grouped(rows: Sequence[Row], indices: Sequence[int], suffix_budget: int, prefix: int) -> list[list[int]]:
     """`indices` of rows in groups of like length whose tokens after the shared prefix fit the budget.
 
-    A row that exceeds it alone is a group of its own. A pure function of its arguments: a resumed run must find the
-    same groups.
+    As few groups as possible and about equally large: half a batch takes much more than half the time. A row that
+    exceeds the budget alone is a group of its own. A pure function of its arguments: a resumed run must find the same
+    groups.
     """
+    total = sum(len(rows[at].input_ids) - prefix for at in indices)
+    fair = total / -(-total // suffix_budget)
     groups: list[list[int]] = []
     tokens = 0
     for at in sorted(indices, key=lambda at: (-len(rows[at].input_ids), at)):
         suffix = len(rows[at].input_ids) - prefix
-        if not groups or tokens + suffix > suffix_budget:
+        if not groups or tokens >= fair or tokens + suffix > suffix_budget:
             groups.append([])
             tokens = 0
         groups[-1].append(at)
