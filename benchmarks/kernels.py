@@ -1,0 +1,126 @@
+"""The small measurements behind decisions in the code: `python -m benchmarks.kernels`. Results are in docs/log.md.
+
+Each compares what we do with what would be obvious, on the shapes of the bundled model.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from repertory.model.attention import Scoring, causal_attention, scaled_dot_product
+from repertory.model.attention import causal_mask as mask_of
+from repertory.model.lora import dropout_mask
+
+BUSY = "import time\nends = time.time() + 30\nwhile time.time() < ends: pass"
+PRODUCTS = """
+import time, torch, torch.nn.functional as F
+weight, x = torch.randn(1536, 576).bfloat16(), torch.randn(416, 576).bfloat16()
+count, begin = 0, time.perf_counter()
+while time.perf_counter() - begin < 3:
+    F.silu(F.linear(x, weight))
+    count += 1
+print((time.perf_counter() - begin) / count * 1000)
+"""
+
+
+def main() -> None:
+    table = Table("what", "obvious", "ours", "unit")
+    table.add_row("a product of a shape never seen, of one seen before", *shapes(), "ms")
+    table.add_row("memory that 400 new shapes keep, that 13 padded ones keep", *kept_by_shapes(), "MB")
+    table.add_row("attention, forward and backward, 4 rows of 96 + 24 tokens", *attention(4, 96, 24), "ms")
+    table.add_row("attention, forward and backward, 16 rows of 32 + 440 tokens", *attention(16, 32, 440), "ms")
+    table.add_row("dropout mask, 416 x 576", *dropout(), "ms")
+    table.add_row("a product alone on the machine: waiting threads spin, sleep", *products(busy=False), "ms")
+    table.add_row("a product beside one busy process: waiting threads spin, sleep", *products(busy=True), "ms")
+    Console().print(table)
+
+
+def milliseconds(work: Callable[[], object], times: int = 30) -> float:
+    for _ in range(3):
+        work()
+    begin = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - begin) / times * 1000
+
+
+def shapes() -> tuple[str, str]:
+    weight = torch.randn(1536, 576).bfloat16()
+    inputs = [torch.randn(tokens, 576).bfloat16() for tokens in range(301, 401)]
+
+    def through() -> float:
+        begin = time.perf_counter()
+        for x in inputs:
+            F.linear(x, weight)
+        return (time.perf_counter() - begin) / len(inputs) * 1000
+
+    return f"{through():.2f}", f"{through():.2f}"
+
+
+def kept_by_shapes() -> tuple[str, str]:
+    weights = [torch.randn(out, inner).bfloat16() for out, inner in ((576, 576), (192, 576), (1536, 576), (576, 1536))]
+
+    def growth(lengths: range) -> float:
+        before = psutil.Process().memory_info().rss
+        for tokens in lengths:
+            for weight in weights:
+                F.linear(torch.randn(tokens, weight.shape[1]).bfloat16(), weight)
+        return (psutil.Process().memory_info().rss - before) / 1e6
+
+    return f"{growth(range(401, 801)):.0f}", f"{growth(range(832, 1248, 32)):.0f}"
+
+
+def attention(rows: int, tokens: int, prefix: int) -> tuple[str, str]:
+    def draw(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(rows, heads, length, 64).bfloat16().requires_grad_()
+
+    query, key, value = draw(9, tokens), draw(3, prefix + tokens), draw(3, prefix + tokens)
+    mask = mask_of(tokens, prefix + tokens, None, torch.device("cpu"))
+    how = Scoring(scale=0.125)
+    gradient = torch.randn_like(query)
+
+    def flash() -> None:
+        scaled_dot_product(query, key, value, 3, mask, how).backward(gradient)
+
+    def ours() -> None:
+        causal_attention(query, key, value, 3, how).backward(gradient)
+
+    return f"{milliseconds(flash):.2f}", f"{milliseconds(ours):.2f}"
+
+
+def dropout() -> tuple[str, str]:
+    x = torch.randn(416, 576).bfloat16()
+    theirs = milliseconds(lambda: torch.native_dropout(x, 0.05, True))
+    return f"{theirs:.2f}", f"{milliseconds(lambda: x * dropout_mask(x.shape, 0.05, x.device)):.2f}"
+
+
+def products(*, busy: bool) -> tuple[str, str]:
+    other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
+    try:
+        return product_under(None), product_under("PASSIVE")
+    finally:
+        if other is not None:
+            other.kill()
+            other.wait()
+
+
+def product_under(policy: str | None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if policy is not None:
+        environment["OMP_WAIT_POLICY"] = policy
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, capture_output=True, text=True, check=True)
+    return f"{float(done.stdout):.2f}"
+
+
+if __name__ == "__main__":
+    main()
