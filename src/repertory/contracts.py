@@ -7,6 +7,7 @@ A host speaks HTTP over a Unix socket:
     POST   /runs              RunSpec -> RunEvent per line (NDJSON); closing the connection stops the run
     DELETE /runs/{id}         -> {} once the run has really stopped and its memory is free; 404 if there is none
     POST   /evaluate          EvaluateRequest -> Evaluation
+    POST   /estimate          EstimateRequest -> Estimate; also for a base model that this host does not hold
     POST   /adapters/load     AdapterRef -> {}
     POST   /adapters/unload   AdapterRef -> {}
 
@@ -194,6 +195,8 @@ class RunEvent(Contract):
     completed   data: metadata of the version, with the report; the folder at output_dir verifies
     failed      error is set
     cancelled   stopped on request; memory is free
+
+    `warnings` in the data of any of them are gathered in the job's metadata.
     """
 
     kind: Literal[
@@ -210,6 +213,32 @@ class EvaluateRequest(Contract):
     conversations_path: str | None = None  # the job's own data, of which the held-out part is scored
     conversations: list[Conversation] | None = None  # given: scored instead
     test_prompts: list[TestPrompt] = []
+
+
+class EstimateRequest(Contract):
+    key: BaseKey  # on which the job would run
+    conversations: list[Conversation]
+    hyperparameters: Hyperparameters
+    validation_split: float = Field(ge=0, lt=1)
+    system_prompt: str | None = None
+
+
+class Estimate(Contract):
+    """What a job would be and take. The first four are None where the base model's tokenizer is out of reach."""
+
+    tokens: int | None = None  # of the training rows, each with its system prompt
+    trained_tokens: int | None = None  # of them, those that are learned from
+    truncated_rows: int | None = None  # lose their oldest messages to max_seq_length
+    skipped_rows: int | None = None  # do not fit into it at all
+    conversations: int
+    steps: int
+    epochs: int
+    seconds: float | None = None  # None: no training on this base model was measured on this device yet
+    peak_memory_bytes: int  # base model included
+    available_memory_bytes: int  # to base model and run together
+    fits: bool
+    advice: list[str] = []
+    hyperparameters: dict[str, Any]  # resolved
 
 
 class TestResponse(Contract):

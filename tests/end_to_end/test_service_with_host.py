@@ -64,6 +64,37 @@ def test_from_conversations_to_a_voice(service: RunningService) -> None:
     assert metrics["perplexity"] == pytest.approx(metadata["report"]["perplexity"], rel=1e-4)
 
 
+def test_an_estimate_says_what_the_job_then_is(service: RunningService) -> None:
+    body = {"org_id": "planned", "conversations": chats(24), "num_epochs": 3, "hyperparameters": QUICK}
+    told = service.client.post("/training/estimate", json=body).json()
+    metadata = service.status(service.trained(**body))["metadata"]
+    assert told["tokens"] == metadata["training_tokens"]
+    assert told["trained_tokens"] == metadata["trained_tokens"]
+    assert told["steps"] == metadata["total_steps"]
+    assert told["hyperparameters"] == metadata["hyperparameters"]
+    assert told["fits"]
+    assert 0 < told["peak_memory_bytes"] < told["available_memory_bytes"]
+    assert service.client.post("/training/estimate", json=body).json()["seconds"] > 0  # measured by now
+
+
+def test_a_base_model_that_is_not_in_memory_is_estimated_without_loading_it(service: RunningService) -> None:
+    hosts = len(service.client.get("/health").json()["hosts"])
+    body = {"org_id": "planned", "conversations": chats(4), "base_model": "tiny/mistral"}
+    told = service.client.post("/training/estimate", json=body).json()
+    assert told["tokens"] > told["trained_tokens"] > 0
+    assert told["seconds"] is None
+    assert told["peak_memory_bytes"] > 0
+    assert len(service.client.get("/health").json()["hosts"]) == hosts
+    missing = service.client.post("/training/estimate", json=body | {"base_model": "meta-llama/Llama-2-7b-chat-hf"})
+    assert missing.status_code == 503
+    assert missing.json()["error"]["code"] == "base_model_unavailable"
+    assert "HUGGINGFACE_TOKEN" in missing.json()["error"]["cure"]
+    endless = [{"role": "user", "content": "sing"}, {"role": "assistant", "content": "arr " * 900}]
+    too_long = service.client.post("/training/estimate", json=body | {"conversations": [{"messages": endless}]})
+    assert too_long.status_code == 422
+    assert too_long.json()["error"]["code"] == "data_unusable"
+
+
 def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> None:
     for at, org_id in enumerate(("a", "b", "c")):
         service.trained(org_id, conversations=chats(12, 100 * at), num_epochs=2, hyperparameters=QUICK)

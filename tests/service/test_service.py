@@ -172,6 +172,47 @@ def test_a_voice_is_evaluated_on_request(service: RunningService) -> None:
     assert given.json()["metrics"]["scored_on"] == "given"
 
 
+def test_an_estimate_stores_and_starts_nothing(service: RunningService) -> None:
+    body = {"org_id": "estimates", "conversations": [CONVERSATION], "num_epochs": 2}
+    answer = service.client.post("/training/estimate", json=body)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert {name: told[name] for name in ("tokens", "trained_tokens", "conversations", "epochs", "fits")} == {
+        "tokens": 5,
+        "trained_tokens": 4,
+        "conversations": 1,
+        "epochs": 2,
+        "fits": True,
+    }
+    assert told["hyperparameters"]["num_train_epochs"] == 2
+    assert service.client.get("/training/jobs/estimates").json() == {"jobs": []}
+    assert not list(service.folder.glob("models/datasets/estimates*"))
+
+
+def test_an_estimate_for_another_base_model_starts_no_host(service: RunningService) -> None:
+    before = len(service.client.get("/health").json()["hosts"])
+    body = {"org_id": "estimates", "conversations": [CONVERSATION], "base_model": "fake/too-large"}
+    told = service.client.post("/training/estimate", json=body).json()
+    assert told["fits"] is False
+    assert told["advice"]
+    assert len(service.client.get("/health").json()["hosts"]) == before
+
+
+def test_an_estimate_for_a_base_model_out_of_reach_says_so_with_its_cure(service: RunningService) -> None:
+    body = {"org_id": "estimates", "conversations": [CONVERSATION], "base_model": "meta-llama/unavailable"}
+    answer = service.client.post("/training/estimate", json=body)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "base_model_unavailable"
+    assert answer.json()["error"]["cure"]
+
+
+def test_an_estimate_is_as_strict_as_a_start(service: RunningService) -> None:
+    body = {"org_id": "estimates", "conversations": [CONVERSATION], "hyperparameters": {"lora_rank": 8}}
+    answer = service.client.post("/training/estimate", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "unknown_field"
+
+
 # Cancelling
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,8 @@ from repertory.model.rmsnorm import replace_rms_norms
 from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")  # files of a base model on the hub
+WANTED = (*WITHOUT_WEIGHTS, "*.safetensors")
 EXACT_TOKENS = 32
 PADDING = 32
 TESTED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma 2 and 3, Phi, GPT-NeoX, GPT-2 and OPT"
@@ -156,6 +158,9 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     say(f"loading {name} ({_precision(key)}) on {device.name}")
     _check_memory(folder, key, device, settings)
     torch_device = _torch_device(device)
+    limit = _limit_bytes(settings)
+    if limit is not None and device.kind == "cuda":  # torch itself then refuses more, which a run can answer with a cut
+        torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
     dtype = DTYPES[key.dtype]
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -195,7 +200,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         renderer=Renderer(tokenizer),
         max_positions=_max_positions(model.config),
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
-        memory_limit_bytes=_limit_bytes(settings),
+        memory_limit_bytes=limit,
     )
     _check_forward(base, name)
     return base
@@ -220,7 +225,31 @@ def locate(name: str, settings: Settings, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _download(name: str, cache: Path, settings: Settings, say: Callable[[str], None]) -> Path:
+def locate_outline(name: str, settings: Settings) -> Path:
+    """The folder that describes base model `name`, with or without its weights; a few files at the most are downloaded.
+
+    Raises BaseModelUnavailable.
+    """
+    cache = settings.model_cache_dir.resolve()
+    folder = (cache / name).resolve()
+    if name == BUNDLED_MODEL or not folder.is_relative_to(cache):
+        return locate(name, settings, lambda phase: None)
+    if (folder / "config.json").is_file():
+        return folder
+    return _download(name, cache, settings, lambda phase: None, WITHOUT_WEIGHTS)
+
+
+def renderer_in(folder: Path) -> Renderer | None:
+    """Of the tokenizer in a base model's folder; None where there is none."""
+    try:
+        return Renderer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    except (OSError, ValueError, ImportError, KeyError):
+        return None
+
+
+def _download(
+    name: str, cache: Path, settings: Settings, say: Callable[[str], None], wanted: Sequence[str] = WANTED
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -230,10 +259,11 @@ def _download(name: str, cache: Path, settings: Settings, say: Callable[[str], N
             cure="Use owner/model as on the hub, or put the model's folder into MODEL_CACHE_DIR.",
         )
     say(f"downloading {name}")
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(
-            snapshot_download(name, cache_dir=cache / "hub", token=settings.huggingface_token, allow_patterns=wanted)
+            snapshot_download(
+                name, cache_dir=cache / "hub", token=settings.huggingface_token, allow_patterns=list(wanted)
+            )
         )
     except GatedRepoError as error:
         raise BaseModelUnavailable(

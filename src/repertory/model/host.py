@@ -30,6 +30,7 @@ from repertory.contracts import (
     AdapterRef,
     BaseKey,
     Device,
+    EstimateRequest,
     EvaluateRequest,
     GenerateRequest,
     HostHealth,
@@ -41,6 +42,8 @@ from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailabl
 from repertory.settings import Settings, settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; /health must answer before
+    from repertory.data.render import Renderer
+    from repertory.model.base import Outline
     from repertory.model.loop import DeviceLoop
 
 HEARTBEAT_SECONDS = 2.0
@@ -95,6 +98,17 @@ class Host:
         if self._loop is None:
             raise Unavailable(f"the base model is not ready: {self.phase}", code="model_loading")
         return self._loop
+
+    def outline(self, key: BaseKey) -> tuple[Outline, Renderer | None]:
+        """Of the base model in memory, or of another one from its description. Raises BaseModelUnavailable."""
+        from repertory.model import base
+
+        ours = self.loop.base
+        if key == ours.key:
+            return ours, ours.renderer
+        assert self.device is not None
+        folder = base.locate_outline(key.base_model, settings())
+        return base.outline(folder, key, self.device), base.renderer_in(folder)
 
     @property
     def health(self) -> HostHealth:
@@ -179,6 +193,13 @@ def make_app(host: Host) -> Starlette:
         evaluation = await asyncio.wrap_future(loop.evaluate(voice, asked))
         return _json(evaluation)
 
+    async def estimate(request: Request) -> Response:
+        asked = await _body(request, EstimateRequest)
+        loop = host.loop
+        outline, renderer = await asyncio.to_thread(host.outline, asked.key)
+        answer = await asyncio.wrap_future(loop.estimate(outline, renderer, asked))
+        return _json(answer)
+
     async def load_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
         await asyncio.to_thread(host.loop.voices.get, ref)
@@ -200,6 +221,7 @@ def make_app(host: Host) -> Starlette:
             Route("/runs", start_run, methods=["POST"]),
             Route("/runs/{training_id}", stop_run, methods=["DELETE"]),
             Route("/evaluate", evaluate, methods=["POST"]),
+            Route("/estimate", estimate, methods=["POST"]),
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),
         ],

@@ -20,10 +20,12 @@ import psutil
 import structlog
 import torch
 
-from repertory.contracts import EvaluateRequest, Evaluation, RunEvent, RunSpec
+from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest, Evaluation, RunEvent, RunSpec
+from repertory.data.render import Renderer
 from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError
-from repertory.model.base import Base
+from repertory.model.base import Base, Outline
 from repertory.model.engine import Engine
+from repertory.model.estimate import estimate
 from repertory.model.evaluation import evaluate
 from repertory.model.scheduler import Sequence
 from repertory.model.training import TrainingRun
@@ -56,6 +58,7 @@ class DeviceLoop:
         self._serving_seconds = 0.0
         self._training_seconds = 0.0
         self._trained_last = False
+        self._rate: float | None = None  # of `plan.Work`, as the last run had it
 
     # From any thread
 
@@ -77,7 +80,17 @@ class DeviceLoop:
 
     def evaluate(self, voice: Voice, request: EvaluateRequest) -> Future[Evaluation]:
         result: Future[Evaluation] = Future()
-        self._inbox.put(lambda: self._start_evaluation(voice, request, result))
+        portions = evaluate(self.base, self.engine, voice, request)
+        self._inbox.put(lambda: self._start_task(portions, result))
+        return result
+
+    def estimate(self, outline: Outline, renderer: Renderer | None, request: EstimateRequest) -> Future[Estimate]:
+        """What a job on `outline` would take: this host's base model, or another one that would come in its place."""
+        result: Future[Estimate] = Future()
+        is_ours = outline is self.base
+        available, rate = self.base.available_bytes, self._rate if is_ours else None
+        portions = estimate(outline, renderer, request, available, rate)
+        self._inbox.put(lambda: self._start_task(portions, result))
         return result
 
     def stop(self) -> None:
@@ -175,6 +188,7 @@ class DeviceLoop:
 
         def step() -> None:
             event = run.step()
+            self._rate = run.work.rate or self._rate
             if event is not None:
                 tell(event)
 
@@ -196,8 +210,8 @@ class DeviceLoop:
         self._let_go(task)
         stopped.set_result(None)
 
-    def _start_evaluation(self, voice: Voice, request: EvaluateRequest, result: Future[Evaluation]) -> None:
-        portions = _resulting(evaluate(self.base, self.engine, voice, request), result)
+    def _start_task(self, work: Generator[None, None, Any], result: Future[Any]) -> None:
+        portions = _resulting(work, result)
         self._tasks.append(
             _Task(
                 name="",

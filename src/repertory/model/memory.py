@@ -130,12 +130,13 @@ class Demand:
             adapter=weights * (4 + (element if element < 4 else 0)),
             gradients=4 * weights,
             optimizer=8 * weights,
-            activations=self._activations(),
+            activations=self.activations,
         )
 
-    def _activations(self) -> int:
-        """Kept by all blocks, and beside it the larger of the two things that come and go: the logits of a chunk when
-        the backward pass begins, or the gradients inside one MLP.
+    @property
+    def activations(self) -> int:
+        """Kept by all blocks, and beside it the largest of what comes and goes: the logits of a chunk when the backward
+        pass begins, the gradients inside one MLP, or those of attention weights that are written out.
         """
         architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
         block = self._kept_by_a_block()
@@ -147,7 +148,9 @@ class Demand:
         unpacked = 0  # quantized weights become a whole matrix for their product
         if self.key.quantization != "none":
             unpacked = max(map(math.prod, architecture.linear.values())) * element
-        return int((kept + max(logits, gradients) + unpacked) * ALLOCATOR_OVERHEAD[self.device])
+        written_out = [one.weights for one in self._attention_passes() if self._is_written_out(one)]
+        weights = 2 * max(written_out, default=0) * element
+        return int((kept + max(logits, gradients, weights) + unpacked) * ALLOCATOR_OVERHEAD[self.device])
 
     def _kept_by_a_block(self) -> int:
         """Bytes that autograd keeps of one block."""
@@ -172,19 +175,38 @@ class Demand:
 
         Several rows are padded to the longest, and each has keys and values of the whole prefix beside its own.
         """
-        architecture, batch = self.architecture, self.batch
-        rows, longest = len(batch.lengths), max(batch.lengths)
-        passes = [(rows, longest, batch.prefix + longest)]
-        if batch.prefix and rows > 1:
-            passes.append((1, batch.prefix, batch.prefix))
-        elements = 0
-        for count, queries, keys in passes:
-            if self.device == "cpu" and keys <= MOST_WRITTEN_OUT:
-                of_keys = 2 * keys * architecture.key_size
-                elements += count * (queries * architecture.query_size + of_keys + architecture.heads * queries * keys)
+        architecture, elements = self.architecture, 0
+        for one in self._attention_passes():
+            if self._is_written_out(one):
+                read = one.queries * architecture.query_size + 2 * one.keys * architecture.key_size
+                elements += one.rows * read + one.weights
             else:  # flash attention; keys and values are repeated for the heads that share them
-                elements += count * 2 * (queries + keys) * architecture.query_size
+                elements += one.rows * 2 * (one.queries + one.keys) * architecture.query_size
         return elements
+
+    def _attention_passes(self) -> list[_AttentionPass]:
+        """As `attention.PackedRows` cuts them: the rows after the prefix, and the prefix by itself."""
+        batch, heads = self.batch, self.architecture.heads
+        rows, longest = len(batch.lengths), max(batch.lengths)
+        passes = [_AttentionPass(heads, rows, longest, batch.prefix + longest)]
+        if batch.prefix and rows > 1:
+            passes.append(_AttentionPass(heads, 1, batch.prefix, batch.prefix))
+        return passes
+
+    def _is_written_out(self, one: _AttentionPass) -> bool:
+        return self.device == "cpu" and one.keys <= MOST_WRITTEN_OUT
+
+
+@dataclass(frozen=True)
+class _AttentionPass:
+    heads: int
+    rows: int
+    queries: int
+    keys: int
+
+    @property
+    def weights(self) -> int:
+        return self.heads * self.rows * self.queries * self.keys
 
 
 def cures(demand: Demand, available_bytes: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Generator
+from dataclasses import replace
 
 import torch
 
@@ -40,10 +41,8 @@ def demand(base: Outline, config: TrainConfig, batch: BatchShape) -> Demand:
 def largest_microbatch(base: Outline, plan: Plan) -> list[int]:
     """The one that takes the most memory of all in the plan, as far as the estimate can tell."""
 
-    def activations(batch: BatchShape) -> int:
-        return demand(base, plan.config, batch).estimate().activations
-
-    return plan.largest(1, plan.config.total_steps, activations)
+    any_batch = demand(base, plan.config, BatchShape(0, (1,)))
+    return plan.largest(1, plan.config.total_steps, lambda batch: replace(any_batch, batch=batch).activations)
 
 
 def cut_to_fit(base: Outline, plan: Plan, available_bytes: int) -> Demand:

@@ -39,6 +39,8 @@ from repertory.contracts import (
     AdapterRef,
     BaseKey,
     Device,
+    Estimate,
+    EstimateRequest,
     EvaluateRequest,
     Evaluation,
     GenerateRequest,
@@ -49,7 +51,7 @@ from repertory.contracts import (
     TokenChunk,
     Usage,
 )
-from repertory.errors import BaseModelUnavailable, InsufficientMemory, JobFailed, RepertoryError
+from repertory.errors import BaseModelUnavailable, ErrorInfo, InsufficientMemory, JobFailed, RepertoryError
 from repertory.settings import settings
 
 STEPS = int(os.environ.get("FAKE_HOST_STEPS", "10"))
@@ -158,6 +160,29 @@ class FakeHost:
             model_size_mb=0.1,
         )
 
+    def estimate(self, request: EstimateRequest) -> Estimate:
+        """A token for each word, and a gibibyte of memory; a model that is too large takes seven."""
+        if request.key.base_model.endswith("unavailable"):
+            raise BaseModelUnavailable(f"{request.key.base_model} is not in the cache, and no hub is.")
+        spoken = [message for one in request.conversations for message in one.messages]
+        peak = 7 << 30 if request.key.base_model.endswith("too-large") else DEVICE.memory_bytes // 2
+        fits = peak <= DEVICE.memory_bytes
+        return Estimate(
+            tokens=sum(len(message.content.split()) for message in spoken),
+            trained_tokens=sum(len(message.content.split()) for message in spoken if message.role == "assistant"),
+            truncated_rows=0,
+            skipped_rows=0,
+            conversations=len(request.conversations),
+            steps=STEPS,
+            epochs=request.hyperparameters.num_train_epochs or 3,
+            seconds=STEPS * STEP_SECONDS,
+            peak_memory_bytes=peak,
+            available_memory_bytes=DEVICE.memory_bytes,
+            fits=fits,
+            advice=[] if fits else ["Choose a smaller base model."],
+            hyperparameters=request.hyperparameters.model_dump(exclude_none=True),
+        )
+
     def _story(self, spec: RunSpec, stop: threading.Event) -> Generator[RunEvent]:
         yield RunEvent(kind="preparing", progress=0.0)
         rows = len(Path(spec.conversations_path).read_text().splitlines())
@@ -234,6 +259,10 @@ class FakeHost:
         manifest.write_manifest(folder, list(files))
 
 
+class Refusal(BaseModel):
+    error: ErrorInfo
+
+
 class Server(ThreadingMixIn, UnixStreamServer):
     daemon_threads = True
     request_queue_size = 128
@@ -264,6 +293,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._stream(self._told(RunSpec.model_validate_json(body)))
             case "/evaluate":
                 self._answer(host.evaluate(EvaluateRequest.model_validate_json(body)))
+            case "/estimate":
+                self._estimated(EstimateRequest.model_validate_json(body))
             case "/adapters/load":
                 adapter = AdapterRef.model_validate_json(body)
                 host.adapters[adapter.training_id] = adapter
@@ -278,6 +309,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+    def _estimated(self, request: EstimateRequest) -> None:
+        try:
+            self._answer(self.server.host.estimate(request))
+        except RepertoryError as error:
+            self._answer(Refusal(error=error.info), status=error.status)
 
     def _told(self, spec: RunSpec) -> Generator[RunEvent]:
         try:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from repertory.contracts import (
     AdapterRef,
+    Estimate,
+    EstimateRequest,
     EvaluateRequest,
     Evaluation,
     GenerateRequest,
@@ -102,6 +104,9 @@ class HostClient:
     async def evaluate(self, request: EvaluateRequest) -> Evaluation:
         """Takes as long as it takes; a host that hangs is noticed by its keeper."""
         return Evaluation.model_validate_json(await self._post("/evaluate", request, timeout_seconds=None))
+
+    async def estimate(self, request: EstimateRequest) -> Estimate:
+        return Estimate.model_validate_json(await self._post("/estimate", request, timeout_seconds=None))
 
     async def load(self, adapter: AdapterRef) -> None:
         await self._post("/adapters/load", adapter, timeout_seconds=TOKEN_SECONDS)

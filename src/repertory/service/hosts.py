@@ -132,6 +132,20 @@ class Hosts:
             host.users += 1
             return host
 
+    def acquire_any(self, key: BaseKey) -> Host:
+        """A ready host, with this key if there is one, which stays at least until it is released.
+
+        Starts none. Raises Unavailable while no host is ready.
+        """
+        with self._changed:
+            ready = [host for host in self._hosts if host.is_ready]
+            if not ready:
+                self._raise_if_failed(self._default_key())
+                raise _loading("No base model is in memory yet.")
+            host = next((host for host in ready if host.key == key), ready[0])
+            host.users += 1
+            return host
+
     def release(self, host: Host) -> None:
         with self._changed:
             host.users -= 1

@@ -46,9 +46,7 @@ class Lease:
                     # A resumed run begins at its checkpoint, which may lie behind where the lost one was.
                     changes["progress"] = event.progress
                     _forget_metrics_after(connection, job.id, data.get("resumed_from_step") or 0)
-                    for warning in data.get("warnings", []):
-                        tell(connection, job.id, "warning", {"message": warning})
-                    metadata = _with_warnings(metadata | data, job.metadata)
+                    metadata |= data
                     metadata["phase"] = data.get("phase", "training")
                     if job.status == Status.PREPARING:
                         enter(connection, job.id, Status.RUNNING)
@@ -65,6 +63,9 @@ class Lease:
                         enter(connection, job.id, Status.EVALUATING)
                 case _:
                     pass
+            for warning in data.get("warnings", []):
+                tell(connection, job.id, "warning", {"message": warning})
+            metadata = _with_warnings(metadata | {"warnings": data.get("warnings", [])}, job.metadata)
             changes["progress"] = min(changes["progress"], HIGHEST_UNFINISHED_PROGRESS)
             row = connection.execute(
                 update(jobs).where(jobs.c.id == job.id).values(metadata=metadata, **changes).returning(jobs)

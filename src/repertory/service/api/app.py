@@ -22,6 +22,7 @@ from repertory.settings import Settings
 PREFIX = "/api/v1"
 BODIES: dict[str, type[BaseModel]] = {
     f"{PREFIX}/training/start": StartTraining,
+    f"{PREFIX}/training/estimate": StartTraining,
     f"{PREFIX}/training/evaluate": EvaluateModel,
     f"{PREFIX}/generate": Generate,
     f"{PREFIX}/models/load": WhichModel,

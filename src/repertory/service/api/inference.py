@@ -193,7 +193,7 @@ def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
     try:
         host = service.hosts.acquire(key)
     except JobFailed as error:
-        raise _unavailable(error) from error
+        raise unavailable(error) from error
     try:
         yield host
     finally:
@@ -224,7 +224,7 @@ def _voice(service: Service, org_id: str | None, model_id: str) -> Voice:
     try:
         key = service.hosts.key(settings.default_base_model, settings.hyperparameters)
     except JobFailed as error:
-        raise _unavailable(error) from error
+        raise unavailable(error) from error
     return Voice(org_id=org, key=key, version=None)
 
 
@@ -324,7 +324,7 @@ def _one_of(name: str, in_query: str | None, in_body: str | None) -> str | None:
     return in_query if in_query is not None else in_body
 
 
-def _unavailable(error: JobFailed) -> Unavailable:
+def unavailable(error: JobFailed) -> Unavailable:
     return Unavailable(error.message, code=error.code, cure=error.cure, retry_after_seconds=FAILED_HOST_RETRY_SECONDS)
 
 

@@ -9,11 +9,11 @@ import anyio
 from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import EvaluateRequest
-from repertory.errors import InvalidInput
+from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest
+from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
-from repertory.service.api.inference import ready_host
+from repertory.service.api.inference import ready_host, unavailable
 from repertory.service.api.schemas import (
     EvaluateModel,
     JobError,
@@ -55,6 +55,33 @@ def start(
     # As the first answer was, even if the job has run since.
     job = accepted.job
     return TrainingStarted(training_id=job.id, org_id=job.org_id, status=Status.QUEUED, progress=0.0)
+
+
+@router.post("/estimate")
+async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(body_of(StartTraining))]) -> Estimate:
+    """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
+    submission = await run_in_threadpool(_submission, body, service.settings, None)
+    config = submission.config
+    try:
+        key = service.hosts.key(submission.base_model, config.hyperparameters)
+        host = service.hosts.acquire_any(key)
+    except JobFailed as error:
+        raise unavailable(error) from error
+    request = EstimateRequest(
+        key=key,
+        conversations=body.conversations,
+        hyperparameters=config.hyperparameters,
+        validation_split=config.validation_split,
+        system_prompt=config.system_prompt,
+    )
+    try:
+        return await host.client.estimate(request)
+    except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
+        raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
+    except JobFailed as error:
+        raise unavailable(error) from error
+    finally:
+        service.hosts.release(host)
 
 
 @router.get("/status/{training_id}")
