@@ -84,8 +84,8 @@ class Engine:
         self.scheduler.add(sequence)
 
     def fail_all(self, error: ErrorInfo) -> None:
-        """A forward pass has died: no sequence in flight can go on."""
-        for sequence in self.scheduler.running:
+        """A step has died: no sequence in flight can go on. If there is none, those that wait are the reason."""
+        for sequence in self.scheduler.running or self.scheduler.take_waiting():
             sequence.is_finished = True
             sequence.emit(TokenChunk(error=error))
         self._release_finished()

@@ -39,6 +39,7 @@ from repertory.contracts import (
     TokenChunk,
 )
 from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.logs import configure, without_text
 from repertory.settings import Settings, settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; /health must answer before
@@ -78,11 +79,11 @@ class Host:
             loaded = base.load(self.base_model, settings, self.device, key, self._say)
             self._loop = DeviceLoop(loaded)
         except RepertoryError as error:
-            log.warning("host_failed", code=error.code, reason=error.message)
+            log.warning("host failed", code=error.code, reason=error.message)
             self.error = error.info
             return
         except Exception as error:  # whatever it was, the service must hear of it
-            log.exception("host_failed")
+            log.error("host failed", **without_text(error))
             message = f"loading {self.base_model} failed: {type(error).__name__}: {error}"
             self.error = RepertoryError(message, code="base_model_unavailable").info
             return
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     args = parser.parse_args()
     die_with_service()
+    configure(settings().log_level)
     # Threads that wait for each other at the end of a product would spin, and on a machine with anything else to do
     # (the service, for one) keep the core from the thread they wait for: 37 ms against 3 for the same products beside
     # one busy process on 2 cores. Read when torch is imported, which has not happened yet.

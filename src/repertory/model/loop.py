@@ -23,6 +23,7 @@ import torch
 from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest, Evaluation, RunEvent, RunSpec
 from repertory.data.render import Renderer
 from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError
+from repertory.logs import without_text
 from repertory.model.base import Base, Outline
 from repertory.model.engine import Engine
 from repertory.model.estimate import estimate
@@ -154,7 +155,7 @@ class DeviceLoop:
         try:
             self.engine.step()
         except Exception as error:  # whatever it was, the sequences must hear of it and the loop must go on
-            log.exception("generation_failed")
+            log.error("generation failed", **without_text(error))
             self.engine.fail_all(_info_of(error))
 
     def _train(self) -> None:
@@ -166,7 +167,7 @@ class DeviceLoop:
             self._let_go(task)
         except Exception as error:  # a run may fail in any way; the others and the requests go on
             if not isinstance(error, RepertoryError):
-                log.exception("task_failed", task=task.name)
+                log.error("task failed", task=task.name, **without_text(error))
             self._let_go(task)
             task.fail(_info_of(error))
 

@@ -127,6 +127,12 @@ class Scheduler:
             self._waiting[org_id] = queue  # to the end of the line
         return sequence
 
+    def take_waiting(self) -> list[Sequence]:
+        """Everyone who waits, who no longer does."""
+        waiting = [sequence for queue in self._waiting.values() for sequence in queue]
+        self._waiting.clear()
+        return waiting
+
     def drop(self, sequence: Sequence) -> None:
         """Take a waiting sequence out; a running one leaves through `is_finished`."""
         queue = self._waiting.get(sequence.org_id)

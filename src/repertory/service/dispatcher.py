@@ -11,11 +11,11 @@ import structlog
 
 from repertory.contracts import BaseKey, RunSpec
 from repertory.errors import ErrorInfo, RepertoryError, Unavailable
+from repertory.logs import without_text
 from repertory.service.datasets import Datasets
 from repertory.service.hosts import Host, Hosts
 from repertory.service.jobs import Job, Jobs
 from repertory.service.lease import Lease
-from repertory.service.logs import without_text
 from repertory.service.models import Models
 from repertory.service.run import Run
 from repertory.service.store import Store

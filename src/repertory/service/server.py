@@ -11,8 +11,8 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from repertory import logs
 from repertory.errors import RepertoryError
-from repertory.service import logs
 from repertory.service.api.app import create_app
 from repertory.settings import Settings, settings
 

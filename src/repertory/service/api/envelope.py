@@ -10,8 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from repertory.errors import RepertoryError
+from repertory.logs import without_text
 from repertory.service.api.errors import ApiError, error_response
-from repertory.service.logs import without_text
 from repertory.settings import Settings
 
 log = structlog.get_logger()

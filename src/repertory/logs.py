@@ -1,4 +1,4 @@
-"""What the service says to its operator, on standard error. Never a user's text: no prompts, replies, conversations."""
+"""What service and hosts tell their operator, on standard error. Never a user's text: no prompts, no replies."""
 
 from __future__ import annotations
 
