@@ -36,6 +36,14 @@ class Version:
     metadata: dict[str, Any]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """What goes with every reply; the whole metadata, with the report and its sample replies, is for `info`."""
+        report = self.metadata.get("report", {})
+        scores = {name: report[name] for name in ("perplexity", "base_perplexity", "scored_on") if name in report}
+        counts = {name: self.metadata[name] for name in ("training_conversations",) if name in self.metadata}
+        return self.key.model_dump(exclude_none=True) | counts | scores
+
+    @property
     def adapter(self) -> AdapterRef:
         return AdapterRef(org_id=self.org_id, training_id=self.training_id, path=str(self.folder.resolve()))
 

@@ -61,7 +61,7 @@ class Voice:
 
     def info(self, *, is_loaded: bool) -> ModelInfo:
         if self.version is not None:
-            return model_info(self.version, is_loaded=is_loaded)
+            return model_info(self.version, self.version.summary, is_loaded=is_loaded)
         return ModelInfo(
             org_id=self.org_id,
             model_id=BASE,
@@ -135,7 +135,7 @@ def info(service: ServiceDep, org_id: OrgIdPath) -> ModelInfo:
     """Of the version that answers as `latest`."""
     version = service.models.find(org_id, LATEST)
     service.hosts.refresh()
-    return model_info(version, is_loaded=version.training_id in service.hosts.loaded_adapters())
+    return model_info(version, version.metadata, is_loaded=version.training_id in service.hosts.loaded_adapters())
 
 
 @router.get("/models/{org_id}/list")
@@ -147,7 +147,7 @@ def list_models(service: ServiceDep, org_id: OrgIdPath) -> ModelList:
             model_id=version.training_id,
             created_at=version.created_at,
             promoted=promoted is not None and version.training_id == promoted.training_id,
-            metadata=version.metadata,
+            metadata=version.summary,
         )
         for version in service.models.list(org_id)
     ]
@@ -177,12 +177,12 @@ def health(service: ServiceDep) -> Health:
     )
 
 
-def model_info(version: Version, *, is_loaded: bool) -> ModelInfo:
+def model_info(version: Version, metadata: dict[str, Any], *, is_loaded: bool) -> ModelInfo:
     return ModelInfo(
         org_id=version.org_id,
         model_id=version.training_id,
         model_path=str(version.folder),
-        metadata=version.metadata,
+        metadata=metadata,
         loaded=is_loaded,
     )
 
