@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from repertory.contracts import BaseKey
@@ -210,22 +211,33 @@ class _AttentionPass:
 
 
 def cures(demand: Demand, available_bytes: int) -> list[str]:
-    """Settings with which the run would fit, the mildest first; at most three. `demand` has a single row.
+    """Settings with which the run would fit, the mildest first; at most three.
 
-    Quantization that the job does not have yet, shorter rows, or both.
+    No dropout, shorter rows, quantization that the job does not have yet, or several of these.
     """
+    demand = replace(demand, batch=BatchShape(0, (demand.batch.prefix + max(demand.batch.lengths),)))  # a row alone
     found = []
+    lengths = [demand.batch.tokens, *(short for short in SHORTER_ROWS if short < demand.batch.tokens)]
     for key in _keys(demand.key):
-        for tokens in (demand.batch.tokens, *(short for short in SHORTER_ROWS if short < demand.batch.tokens)):
-            changed = replace(demand, key=key, batch=BatchShape(0, (tokens,)))
-            if changed == demand or changed.estimate().total > available_bytes:
-                continue
-            settings = [f"max_seq_length={tokens}"] if tokens < demand.batch.tokens else []
-            if key != demand.key:
-                settings.insert(0, f"use_{key.quantization}=true")
-            found.append(f"{' and '.join(settings)} ({gib(changed.estimate().total)})")
-            break
+        for tokens, dropout in product(lengths, sorted({demand.dropout, 0.0}, reverse=True)):
+            changed = replace(demand, key=key, dropout=dropout, batch=BatchShape(0, (tokens,)))
+            taken = changed.estimate().total
+            if changed != demand and taken <= available_bytes:
+                found.append(f"{_difference(demand, changed)} ({gib(taken)})")
+                break
     return found[:3]
+
+
+def _difference(demand: Demand, changed: Demand) -> str:
+    """The settings that lead from one to the other."""
+    settings = []
+    if changed.key != demand.key:
+        settings.append(f"use_{changed.key.quantization}=true")
+    if changed.batch != demand.batch:
+        settings.append(f"max_seq_length={changed.batch.tokens}")
+    if changed.dropout != demand.dropout:
+        settings.append("lora_dropout=0")
+    return " and ".join(settings)
 
 
 def quantizations_that_fit(architecture: Architecture, key: BaseKey, available_bytes: float) -> list[str]:
