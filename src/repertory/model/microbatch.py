@@ -15,8 +15,8 @@ from repertory.model.attention import PackedRows
 from repertory.model.base import Base
 from repertory.model.lora import Routing
 
-# Positions whose logits exist at one time: 256 x 49,152 in fp32 are 48 MiB.
-LOGITS_CHUNK = 256
+# Positions whose logits exist at one time: 128 x 49,152 in fp32 are 24 MiB, and the loss needs some copies of them.
+LOGITS_CHUNK = 128
 
 
 def common_prefix(rows: Sequence[Row]) -> int:
