@@ -181,8 +181,8 @@ class _Gather(torch.autograd.Function):
         return places.index_copy_(0, ctx.saved_tensors[0], grads[0]), None
 
 
-# Keys up to which writing the scores out beats torch's flash attention on a CPU, whose backward takes 2.5 times as long
-# at 100 tokens (`docs/log.md`). Beyond, the scores of a training run take too much memory.
+# Keys up to which writing the scores out beats torch's flash attention on a CPU, three times over in training
+# (`docs/log.md`). Beyond, the scores of a training run take too much memory.
 MOST_WRITTEN_OUT = 640
 
 

@@ -143,8 +143,8 @@ class Base(Outline):
 
 
 def padded_length(tokens: int) -> int:
-    """Few different lengths instead of all: each new shape of a product costs oneDNN milliseconds to plan, and about
-    a megabyte for ever (`docs/log.md`). Small batches, the decoding rows, are left exact.
+    """Few different lengths instead of all: oneDNN plans each new shape of a product, and keeps about a megabyte for it
+    (`docs/log.md`). Small batches, the decoding rows, are left exact.
     """
     return tokens if tokens <= EXACT_TOKENS else -(-tokens // PADDING) * PADDING
 

@@ -275,8 +275,8 @@ def main() -> None:
     die_with_service()
     configure(settings().log_level)
     # Threads that wait for each other at the end of a product would spin, and on a machine with anything else to do
-    # (the service, for one) keep the core from the thread they wait for: 37 ms against 3 for the same products beside
-    # one busy process on 2 cores. Read when torch is imported, which has not happened yet.
+    # (the service, for one) keep the core from the thread they wait for: a product took twice as long beside one busy
+    # process, and no longer alone (`docs/log.md`). Read when torch is imported, which has not happened yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     host = Host(args.base_model, args.quantization, args.dtype)
     device = threading.Thread(target=host.run, args=(settings(),), name="device", daemon=True)

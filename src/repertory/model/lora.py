@@ -274,7 +274,7 @@ class Training:
 def dropout_mask(shape: torch.Size, share: float, device: torch.device) -> Tensor:
     """False with probability `share` (to 1/65,536), from torch's default generator.
 
-    Four places to each 64 random bits: a fraction of the time of torch's own dropout on a CPU (`docs/log.md`).
+    Four places to each 64 random bits: half the time of torch's own dropout on a CPU (`docs/log.md`).
     """
     places = math.prod(shape)
     bits = torch.empty(-(-places // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
