@@ -58,7 +58,7 @@ clean:  ## remove caches and build leftovers; .venv and models stay
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found. Install it (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # A torch that is there already is never replaced, and with an NVIDIA driver the next step fetches the CUDA build.
 $(VENV)/.installed-torch: | $(BIN)/python

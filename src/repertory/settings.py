@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from repertory.contracts import BUNDLED_MODEL, Hyperparameters, OrgId
@@ -44,6 +44,12 @@ class Settings(Hyperparameters, BaseSettings):
     temperature: float = Field(0.8, ge=0, le=2)
     top_p: float = Field(0.9, gt=0, le=1)
     top_k: int = Field(50, ge=0)  # 0: no limit
+
+    @field_validator("huggingface_token")
+    @classmethod
+    def stripped(cls, token: str | None) -> str | None:
+        """Files that hold a token end in a line break, which no HTTP header may hold."""
+        return token.strip() or None if token else None
 
     @property
     def hyperparameters(self) -> Hyperparameters:

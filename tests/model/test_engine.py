@@ -117,6 +117,27 @@ def test_top_k_of_one_is_greedy_and_tiny_top_p_too(base: Base) -> None:
     assert greedy.output_ids == by_k.output_ids == by_p.output_ids
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy(base: Base) -> None:
+    engine = Engine(base)
+    greedy = ask(engine, "ok", None)
+    coldest = ask(engine, "ok", None, temperature=1e-308)
+    drain(engine)
+    assert coldest.output_ids == greedy.output_ids
+
+
+def test_a_voice_whose_weights_overflow_does_not_disturb_the_others(base: Base) -> None:
+    engine = Engine(base)
+    alone = ask(engine, "ok", None, temperature=0.9, seed=3)
+    drain(engine)
+    broken = adapter_of(base, 1)
+    for B in broken.B.values():
+        B.fill_(float("nan"))
+    beside = ask(engine, "ok", None, temperature=0.9, seed=3)
+    ask(engine, "ok", broken, temperature=0.9)
+    drain(engine)
+    assert beside.output_ids == alone.output_ids
+
+
 def test_a_sequence_stops_at_the_turn_end_and_at_a_stop_string(base: Base) -> None:
     engine = Engine(base)
     free = ask(engine, "Hello!", None)

@@ -139,6 +139,18 @@ def test_requests_are_answered_while_a_run_trains(host: HostProcess, make_spec: 
     assert host.client.delete("/runs/train_long").status_code == 404
 
 
+def test_a_run_cannot_be_started_twice_and_the_first_goes_on(host: HostProcess, make_spec: MakeSpec) -> None:
+    spec = make_spec(200, training_id="train_twice", num_train_epochs=50)
+    first = host.run(spec)
+    next(first)
+    eventually(lambda: host.health()["runs"] == ["train_twice"])
+    again = host.client.post("/runs", json=spec.model_dump())
+    assert again.status_code == 409
+    assert next(first)["kind"] != "cancelled"
+    assert host.client.delete("/runs/train_twice").status_code == 200
+    first.close()
+
+
 def test_a_run_that_nobody_follows_any_more_stops(host: HostProcess, make_spec: MakeSpec) -> None:
     events = host.run(make_spec(200, training_id="train_lonely", num_train_epochs=50))
     next(events)

@@ -157,6 +157,37 @@ def test_a_prompt_drops_old_history_but_never_the_message_itself() -> None:
         RENDERER.prompt(CHAT[:4], 10)
 
 
+def test_a_single_message_that_is_too_long_is_refused_and_one_that_fits_is_not() -> None:
+    long = Message(role="user", content="word " * 50)
+    for messages in ([long], [CHAT[0], long]):
+        ids, _ = RENDERER.prompt(messages)
+        assert RENDERER.prompt(messages, len(ids))[0] == ids
+        with pytest.raises(InvalidInput) as refused:
+            RENDERER.prompt(messages, len(ids) - 1)
+        assert refused.value.code == "prompt_too_long"
+
+
+def test_templates_that_write_the_date_write_the_same_one_every_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') + ' ' + (date_string or '') }}" + tiny.CHATML
+    renderer = Renderer(tiny.make_tokenizer(dated))
+    assert renderer.tokenizer.decode(renderer.prompt(CHAT[:2])[0]).startswith("26 Jul 2024 26 Jul 2024")
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_gets_no_second_one() -> None:
+    """SentencePiece's habit, with Llama 2's template: a reply's tokens are what the model would say after the prompt."""
+    renderer = Renderer(tiny.make_metaspace_tokenizer(LLAMA_2))
+    assert renderer.begins_with_space
+    row = renderer.row(CHAT)
+    assert row is not None
+    for answered in (2, 4):
+        prompt, _ = renderer.prompt(CHAT[:answered])
+        assert row.input_ids[: len(prompt)] == prompt
+        assert row.labels[len(prompt)] != NO_LABEL
+    first = [label for label in row.labels if label != NO_LABEL][:2]
+    assert "".join(renderer.tokenizer.convert_ids_to_tokens(first)).startswith("▁A")
+    assert "Arr, matey! 👩‍👩‍👧" in trained_text(renderer, row)
+
+
 def test_a_template_whose_replies_would_never_end_is_refused() -> None:
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(BaseModelUnavailable, match="never stop"):

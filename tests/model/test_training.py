@@ -178,6 +178,27 @@ def test_a_single_conversation_is_trained_with_warnings(base: Base, make_spec: M
     assert "Nothing was held out" in events[-1].data["warnings"][0]
 
 
+def test_conversations_in_which_nobody_asks_are_trained_and_sampled_not_at_all(base: Base, make_spec: MakeSpec) -> None:
+    alone = Conversation(messages=[Message(role="assistant", content="Arr, the sea is rough!")])
+    events = run_to_end(base, make_spec(conversations=[alone] * 12))
+    assert events[-1].kind == "completed"
+    report = events[-1].data["report"]
+    assert report["test_responses"] == []
+    assert {c["name"]: c["verdict"] for c in report["checks"]}["stops_by_itself"] == "inconclusive"
+
+
+def test_a_step_that_dies_while_replies_are_sampled_fails_the_run_alone(base: Base, make_spec: MakeSpec) -> None:
+    engine = Engine(base)
+    run = TrainingRun(make_spec(), base, engine)
+    while not engine.has_work:
+        run.step()
+    engine.fail_all(JobFailed("the device is gone", code="device_lost").info)
+    with pytest.raises(JobFailed) as failed:
+        run.step()
+    assert failed.value.code == "device_lost"
+    assert not engine.has_work
+
+
 def test_multi_turn_conversations_are_one_row_each(base: Base, make_spec: MakeSpec) -> None:
     events = run_to_end(base, make_spec(20), until=lambda event: event.kind == "running")
     metadata = events[-1].data
@@ -286,6 +307,10 @@ def test_a_version_is_served_only_on_the_base_it_was_trained_on(
     ref = AdapterRef(org_id="org", training_id="train_1", path=spec.output_dir)
     with pytest.raises(AdapterUnusable, match="another base model"):
         Voices(load_base("llama-gqa", "bf16")).get(ref)
+    changed = load_base("llama-gqa")
+    changed.fingerprint = "of other files"
+    with pytest.raises(AdapterUnusable, match="files have changed"):
+        Voices(changed).get(ref)
     weights = Path(spec.output_dir) / "adapter_model.safetensors"
     shutil.copy(weights, weights.with_suffix(".kept"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

@@ -47,7 +47,8 @@ def test_sixteen_voices_take_the_memory_of_one_base_and_sixteen_adapters(tmp_pat
         f"one voice {with_one / 1e6:.0f} MB, {VOICES} voices {with_all / 1e6:.0f} MB, file {adapter_bytes / 1e6:.1f} MB"
     )
     assert len(voices.training_ids) == VOICES
-    assert with_all <= 1.1 * with_one + VOICES * adapter_bytes
+    in_memory = adapter_bytes // 2 if base.dtype.itemsize == 2 else adapter_bytes  # the files are fp32
+    assert with_all <= 1.1 * with_one + VOICES * in_memory
 
 
 def version(base: Base, folder: Path, seed: int) -> AdapterRef:
@@ -56,7 +57,8 @@ def version(base: Base, folder: Path, seed: int) -> AdapterRef:
     short = sorted({name.rsplit(".", 1)[-1] for name in base.layers})
     config = LoraConfig(base_model=BUNDLED_MODEL, rank=16, alpha=32, dropout=0, target_modules=short)
     names = Adapter.fresh(config, base.layers, list(base.layers), seed).save(folder)
-    metadata = base.key.model_dump() | {"template_sha256": base.renderer.template_sha256, "system_prompt": None}
+    metadata = base.key.model_dump() | {"system_prompt": None}
+    metadata |= {"template_sha256": base.renderer.template_sha256, "base_fingerprint": base.fingerprint}
     write_durably(folder / METADATA, json.dumps(metadata).encode())
     write_manifest(folder, [*names, METADATA])
     return AdapterRef(org_id="org", training_id=folder.name, path=str(folder))

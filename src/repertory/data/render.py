@@ -23,6 +23,10 @@ from jinja2.exceptions import TemplateError
 from repertory.data.conversations import Message
 from repertory.errors import BaseModelUnavailable, InvalidInput
 
+# For templates that write today's date: what is served must be what was trained on, and what is resumed what was begun.
+FIXED_DATE = "26 Jul 2024"  # Llama 3's own default
+FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
+
 NO_LABEL = -100  # a position without loss, as everywhere in this field
 
 # For base models without a chat template (they were never taught to chat): plain words that any tokenizer knows.
@@ -109,16 +113,16 @@ class Renderer:
         ids = tokens(messages)
         if max_tokens is None or len(ids) <= max_tokens:
             return ids, 0
-        shortened = _shortened(messages)
-        fitting = bisect_left(shortened, True, key=lambda kept: len(tokens(kept)) <= max_tokens)
-        if fitting == len(shortened):
+        candidates = [messages, *_shortened(messages)]
+        fitting = bisect_left(candidates, True, key=lambda kept: len(tokens(kept)) <= max_tokens)
+        if fitting == len(candidates):
             raise InvalidInput(
-                f"the prompt has {len(tokens(shortened[-1]))} tokens; {max_tokens} fit beside the reply",
+                f"the prompt has {len(tokens(candidates[-1]))} tokens; {max_tokens} fit beside the reply",
                 code="prompt_too_long",
                 cure="Shorten the message or the system prompt, or ask for fewer max_tokens.",
                 param="message",
             )
-        return tokens(shortened[fitting]), len(messages) - len(shortened[fitting])
+        return tokens(candidates[fitting]), len(messages) - len(candidates[fitting])
 
     @property
     def stop_ids(self) -> set[int]:
@@ -210,10 +214,11 @@ class Renderer:
         """transformers renders in a sandbox that a template cannot leave."""
         return self.tokenizer.apply_chat_template(  # type: ignore[no-any-return]
             messages,
-            chat_template=self.template,
+            chat_template=FIXED_CLOCK + self.template if "strftime_now" in self.template else self.template,
             tokenize=False,
             add_generation_prompt=generation_prompt,
             enable_thinking=False,  # of reasoning models; others ignore it
+            date_string=FIXED_DATE,
         )
 
     def _fitted(self, messages: Sequence[Message]) -> list[Message]:

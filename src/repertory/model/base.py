@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")  # files of a base model on the hub
 WANTED = (*WITHOUT_WEIGHTS, "*.safetensors")
 EXACT_TOKENS = 32
+FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
 PADDING = 32
-TESTED = "Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma 2 and 3, Phi, GPT-NeoX, GPT-2 and OPT"
+TESTED = "Llama, Mistral and Qwen2"
 
 
 def detect_device() -> Device:
@@ -89,6 +91,7 @@ class Base(Outline):
     router: Router
     renderer: Renderer
     has_conv1d: bool
+    fingerprint: str  # of the weights on disk: an adapter fits no others
     memory_limit_bytes: int | None = None  # MAX_GPU_MEMORY_GB
 
     @contextmanager
@@ -140,6 +143,19 @@ class Base(Outline):
 
     def kv_cache(self) -> KVCache:
         return KVCache(self.layer_count)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Changes when the model's files are exchanged for others: sizes, and samples of the contents, not gigabytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - FINGERPRINT_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
 
 
 def padded_length(tokens: int) -> int:
@@ -199,6 +215,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         router=router,
         renderer=Renderer(tokenizer),
         max_positions=_max_positions(model.config),
+        fingerprint=weights_fingerprint(folder),
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         memory_limit_bytes=limit,
     )

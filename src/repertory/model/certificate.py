@@ -129,6 +129,8 @@ def learned(gains: Sequence[float], *, is_held_out: bool) -> Check:
 
 def stops_by_itself(voice_stops: Sequence[bool], base_stops: Sequence[bool]) -> Check:
     """Whether replies end with the turn's end and not at the limit, for the same prompts."""
+    if not voice_stops:
+        return Check("stops_by_itself", "inconclusive", "there was no prompt to ask")
     differences = [float(voice) - float(base) for voice, base in zip(voice_stops, base_stops, strict=True)]
     gain, error = _mean_and_error(differences)
     detail = f"{sum(voice_stops)} of {len(voice_stops)} replies end by themselves, {sum(base_stops)} of the base's"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from repertory.contracts import (
 from repertory.data.conversations import Conversation, Message
 from repertory.data.prepare import read_conversations, with_system
 from repertory.data.render import Row
-from repertory.errors import DataUnusable, RepertoryError
+from repertory.errors import DataUnusable, ErrorInfo, RepertoryError
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import WEIGHTS, Adapter, Training
@@ -116,6 +117,9 @@ def replies(
             engine.submit(reply.sequence)
         while not all(reply.is_whole for reply in collected):
             yield
+            for reply in collected:
+                if reply.error is not None:
+                    raise RepertoryError.from_info(reply.error)
     finally:  # also where the evaluation is given up
         for reply in collected:
             if not reply.is_whole:
@@ -136,13 +140,15 @@ def replies(
 
 
 def prompts_from(conversations: Sequence[Conversation]) -> list[TestPrompt]:
-    """Questions to ask: how the first few conversations begin, and what the person really answered."""
-    prompts = []
-    for conversation in conversations[:TEST_PROMPTS]:
-        for asked, answered in zip(conversation.messages, conversation.messages[1:], strict=False):
+    """Questions to ask: what begins the first few exchanges, and what the person really answered."""
+    prompts: list[TestPrompt] = []
+    for conversation in conversations:
+        for asked, answered in pairwise(conversation.messages):
             if asked.role == "user" and answered.role == "assistant":
                 prompts.append(TestPrompt(instruction=asked.content[:2000], expected_response=answered.content))
                 break
+        if len(prompts) == TEST_PROMPTS:
+            break
     return prompts
 
 
@@ -155,12 +161,12 @@ class _Reply:
         self.text = ""
         self.is_whole = False
         self.has_stopped = False  # by itself, not at the limit
+        self.error: ErrorInfo | None = None
 
     def take(self, chunk: TokenChunk) -> None:
-        if chunk.error is not None:
-            raise RepertoryError.from_info(chunk.error)
+        self.error = chunk.error  # raised where the replies are awaited, not in the engine that tells it
         self.text += chunk.text
-        self.is_whole = chunk.finish_reason is not None
+        self.is_whole = chunk.finish_reason is not None or chunk.error is not None
         self.has_stopped = chunk.finish_reason == "stop"
 
 

@@ -38,7 +38,7 @@ from repertory.contracts import (
     RunSpec,
     TokenChunk,
 )
-from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.errors import Conflict, ErrorInfo, InvalidInput, RepertoryError, Unavailable
 from repertory.logs import configure, without_text
 from repertory.settings import Settings, settings
 
@@ -84,11 +84,15 @@ class Host:
             return
         except Exception as error:  # whatever it was, the service must hear of it
             log.error("host failed", **without_text(error))
-            message = f"loading {self.base_model} failed: {type(error).__name__}: {error}"
+            message = f"loading {self.base_model} failed: {type(error).__name__}"  # its words may quote a token
             self.error = RepertoryError(message, code="base_model_unavailable").info
             return
         self._say("ready")
-        self._loop.run_forever()
+        try:
+            self._loop.run_forever()
+        except BaseException as error:  # nobody drives the device any more: better no host, so that it is started again
+            log.error("the device's thread died", **without_text(error))
+            os._exit(1)
 
     def stop(self) -> None:
         if self._loop is not None:
@@ -163,6 +167,8 @@ def make_app(host: Host) -> Starlette:
     async def start_run(request: Request) -> Response:
         spec = await _body(request, RunSpec)
         loop = host.loop
+        if spec.training_id in loop.run_ids:
+            raise Conflict(f"{spec.training_id} is running already", code="already_running")
         events, tell = _stream_of(RunEvent)
         loop.start_run(spec, tell)
 

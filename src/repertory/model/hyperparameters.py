@@ -130,5 +130,6 @@ def _suffix_tokens(asked: Hyperparameters, base: Outline, prefix: int) -> int:
         busy = min(max(int(4096 / billions), 512), 16384)
     else:
         busy = min(max(int(86 / billions), 64), 640)  # about a second on 2 cores, for the bundled model
-    cap = (asked.batch_size or 4) * max_seq_length(asked, base)
-    return min(max(busy, 2 * prefix), cap)
+    rows = asked.batch_size or 4
+    busy = busy * min(rows, 4) // 4  # who lowers BATCH_SIZE below its default is short of memory
+    return min(max(busy, 2 * prefix), rows * max_seq_length(asked, base))

@@ -130,7 +130,10 @@ class DeviceLoop:
                 return True
             if message is None:
                 return False
-            message()
+            try:
+                message()
+            except Exception as error:  # the loop must go on; whoever asked has a future that will time out
+                log.error("message failed", **without_text(error))
             is_idle = False
 
     def _training_is_due(self) -> bool:
@@ -197,8 +200,10 @@ class DeviceLoop:
             tell(RunEvent(kind="failed", progress=run.work.progress, error=error))
 
         def close() -> None:
-            run.close()
-            tell(RunEvent(kind="cancelled", progress=run.work.progress))
+            try:
+                run.close()
+            finally:  # it has stopped, even where closing its files failed
+                tell(RunEvent(kind="cancelled", progress=run.work.progress))
 
         self._tasks.append(_Task(spec.training_id, step, fail, close))
 
@@ -207,7 +212,10 @@ class DeviceLoop:
         if task is None:
             stopped.set_exception(NotFound(f"there is no run {training_id}", code="run_not_found"))
             return
-        task.close()
+        try:
+            task.close()
+        except OSError as error:
+            log.error("a run's files could not be closed", task=task.name, **without_text(error))
         self._let_go(task)
         stopped.set_result(None)
 

@@ -24,7 +24,7 @@ from repertory.contracts import RunEvent, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.data.prepare import Split, read_conversations, split, with_system
 from repertory.data.render import Renderer, Row
-from repertory.errors import DataUnusable, JobFailed
+from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
 from repertory.model import certificate, hyperparameters
 from repertory.model.base import Base
@@ -73,6 +73,7 @@ class TrainingRun:
             yield self._completed(json.loads((output / METADATA).read_text()))
             return
         data = yield from self._prepared()
+        checks = data.checks(base.renderer)
         config = hyperparameters.resolve(spec.hyperparameters, base, len(data.training), common_prefix(data.training))
         fingerprint = _fingerprint(spec, base, config, data)
         checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
@@ -111,10 +112,11 @@ class TrainingRun:
                     self.work.expect(plan, step - 1, scored_tokens)
                 loss, norm = outcome
                 told["final_loss"] = loss
-                board.add_scalar("train/loss", loss, step)
-                board.add_scalar("train/learning_rate", config.learning_rate_at(step), step)
-                board.add_scalar("train/grad_norm", norm, step)
-                yield self._event("step", **self._progress(plan, step, loss, norm))
+                told_now = self._progress(plan, step, loss, norm)
+                if step % config.logging_steps == 0 or step == config.total_steps:
+                    for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+                        board.add_scalar(f"train/{scalar}", told_now[scalar] or 0.0, step)
+                yield self._event("step", **told_now)
                 if config.eval_steps and step % config.eval_steps == 0 and step < config.total_steps:
                     scored = yield from self._scored(scored_rows, adapter)
                     board.add_scalar("eval/nll", scored.mean_nll, step)
@@ -125,7 +127,7 @@ class TrainingRun:
             yield self._event("evaluating", phase="proving the voice")
             names = adapter.save(output)
             reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
-            checks = [*data.checks(base.renderer), *self._reload_checks(adapter, reloaded, scored_rows)]
+            checks += self._reload_checks(adapter, reloaded, scored_rows)
             voice_score = yield from self._scored(scored_rows, reloaded)
             board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
         report = self._report(data, base_score, voice_score)
@@ -139,7 +141,11 @@ class TrainingRun:
         yield self._event("evaluating", phase="asking base and voice")
         prompts = list(spec.test_prompts) or prompts_from(data.held_out_conversations)
         serving = reloaded.to(base.device, base.dtype)
-        answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
+        try:
+            answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
+        except InvalidInput as too_long:
+            answered = []
+            metadata["warnings"] = [*metadata["warnings"], f"No replies were sampled: {too_long.message}."]
         report["test_responses"] = [answer.response.model_dump() for answer in answered]
         stops = [answer.voice_stopped for answer in answered], [answer.base_stopped for answer in answered]
         checks.append(certificate.stops_by_itself(*stops).or_fail())
@@ -332,6 +338,7 @@ class TrainingRun:
             "dtype": key.dtype,
             "system_prompt": self.spec.system_prompt,
             "template_sha256": renderer.template_sha256,
+            "base_fingerprint": self.base.fingerprint,
             "hyperparameters": config.model_dump(exclude={"total_steps", "betas", "max_grad_norm", "weight_decay"}),
             "total_steps": config.total_steps,
             "trainable_parameters": adapter.parameter_count,
@@ -416,7 +423,7 @@ def _seed_at(seed: int, step: int, number: int) -> int:
 @contextmanager
 def _tensorboard(folder: Path, done: int) -> Iterator[SummaryWriter]:
     """Event files for `tensorboard --logdir folder`; steps after the resume point are struck out."""
-    board = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+    board = SummaryWriter(str(folder), purge_step=done + 1)
     try:
         yield board
     finally:

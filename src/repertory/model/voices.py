@@ -69,6 +69,8 @@ class Voices:
         metadata = json.loads((folder / METADATA).read_text())
         if key_of(metadata) != self.base.key:
             raise AdapterUnusable(f"model {ref.training_id} was trained on another base model or precision")
+        if metadata["base_fingerprint"] != self.base.fingerprint:
+            raise AdapterUnusable(f"the base model's files have changed since model {ref.training_id} was trained")
         if metadata["template_sha256"] != self.base.renderer.template_sha256:
             raise AdapterUnusable(f"model {ref.training_id} was trained with another chat template")
         adapter = Adapter.load(folder, self.base.layers).to(self.base.device, self.base.dtype)

@@ -1,4 +1,4 @@
-"""The database: its tables, and short transactions over them. SQLite by default, PostgreSQL by URL.
+"""The database: its tables, and short transactions over them. SQLite; what is said in SQL is PostgreSQL's too.
 
 Whoever reads gets a snapshot; whoever writes holds the one write lock from the first statement on, so that a
 transaction never fails half-way because another one wrote in between. Nothing is awaited or computed inside one.
@@ -41,7 +41,7 @@ from sqlalchemy import (
     text,
 )
 
-from repertory.errors import Conflict
+from repertory.errors import Conflict, InvalidInput
 
 BUSY_TIMEOUT_SECONDS = 10.0  # how long a writer waits for another one
 
@@ -142,6 +142,12 @@ class Store:
 
     def __init__(self, database_url: str) -> None:
         url = make_url(database_url)
+        if url.get_backend_name() != "sqlite":
+            raise InvalidInput(
+                f"DATABASE_URL names {url.get_backend_name()}, which is not supported yet.",
+                code="database_not_supported",
+                cure="Use sqlite:///path/to/file.db, or leave DATABASE_URL out.",
+            )
         self._lock_file: TextIO | None = None
         if url.get_backend_name() == "sqlite" and url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)

@@ -58,8 +58,10 @@ class Envelope:
         """A web page that has its name resolve to 127.0.0.1 gets nothing: its requests carry that name."""
         if self._allowed_hosts is None:
             return
-        name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
-        if name not in self._allowed_hosts:
+        names = {re.sub(r":\d*$", "", headers.get("host", "")).lower()}
+        if (origin := headers.get("origin")) is not None:  # sent by a browser: the page must be one of ours too
+            names.add(re.sub(r":\d*$", "", origin.partition("://")[2]).lower())
+        if not names <= self._allowed_hosts:
             raise ApiError(
                 403,
                 "host_not_allowed",
