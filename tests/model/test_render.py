@@ -174,7 +174,7 @@ def test_templates_that_write_the_date_write_the_same_one_every_day() -> None:
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_gets_no_second_one() -> None:
-    """SentencePiece's habit, with Llama 2's template: a reply's tokens are what the model would say after the prompt."""
+    """SentencePiece's habit, with Llama 2's template: a reply begins with what the model would say after the prompt."""
     renderer = Renderer(tiny.make_metaspace_tokenizer(LLAMA_2))
     assert renderer.begins_with_space
     row = renderer.row(CHAT)
