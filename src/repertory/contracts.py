@@ -178,7 +178,6 @@ class RunSpec(Contract):
     hyperparameters: Hyperparameters
     validation_split: float = Field(ge=0, lt=1)
     system_prompt: str | None = None
-    test_prompts: list[TestPrompt] = []  # empty: taken from the held-out conversations
     current: AdapterRef | None = None  # the promoted version, to compare with, if it stands on the same base
 
 

@@ -94,11 +94,29 @@ def test_two_runs_and_requests_share_the_device(loop: DeviceLoop, make_spec: Mak
     first, second = Told(), Told()
     loop.start_run(make_spec(training_id="train_1"), first)
     loop.start_run(make_spec(training_id="train_2"), second)
-    replied = threading.Event()
+    assert ask(loop, max_tokens=30).finish_reason == "length"
+    one, other = first.until("completed"), second.until("completed")
+    assert one.data["report"]["val_nll"] == other.data["report"]["val_nll"]  # the same job beside each other
+
+
+def test_a_broken_forward_pass_is_told_and_the_loop_goes_on(loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(type(loop.engine), "step", lambda engine: 1 / 0)
+        error = ask(loop).error
+    assert error is not None
+    assert error.code == "internal_error"
+    assert ask(loop).error is None
+
+
+def ask(loop: DeviceLoop, max_tokens: int = 5) -> TokenChunk:
+    """The last chunk of a reply that does not stop by itself."""
+    ended = threading.Event()
+    last: list[TokenChunk] = []
 
     def take(chunk: TokenChunk) -> None:
-        if chunk.finish_reason:
-            replied.set()
+        if chunk.finish_reason or chunk.error:
+            last.append(chunk)
+            ended.set()
 
     request = GenerateRequest(
         request_id="r",
@@ -108,41 +126,10 @@ def test_two_runs_and_requests_share_the_device(loop: DeviceLoop, make_spec: Mak
         temperature=0,
         top_p=1,
         top_k=0,
-        max_tokens=30,
+        max_tokens=max_tokens,
     )
-    loop.submit(loop.engine.sequence(request, None, None, take))
-    assert replied.wait(DEADLINE_SECONDS)
-    one, other = first.until("completed"), second.until("completed")
-    assert one.data["report"]["val_nll"] == other.data["report"]["val_nll"]  # the same job beside each other
-
-
-def test_a_broken_forward_pass_is_told_and_the_loop_goes_on(loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask() -> TokenChunk:
-        done: list[TokenChunk] = []
-        ended = threading.Event()
-
-        def take(chunk: TokenChunk) -> None:
-            if chunk.finish_reason or chunk.error:
-                done.append(chunk)
-                ended.set()
-
-        request = GenerateRequest(
-            request_id="r",
-            org_id="o",
-            adapter=None,
-            messages=[Message(role="user", content="Hello!")],
-            temperature=0,
-            top_p=1,
-            top_k=0,
-            max_tokens=5,
-        )
-        loop.submit(loop.engine.sequence(request, None, None, take))
-        assert ended.wait(DEADLINE_SECONDS)
-        return done[0]
-
-    with monkeypatch.context() as broken:
-        broken.setattr(type(loop.engine), "step", lambda engine: 1 / 0)
-        error = ask().error
-    assert error is not None
-    assert error.code == "internal_error"
-    assert ask().error is None
+    sequence = loop.engine.sequence(request, None, None, take)
+    sequence.stop_ids = set()
+    loop.submit(sequence)
+    assert ended.wait(DEADLINE_SECONDS)
+    return last[0]

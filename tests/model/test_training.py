@@ -133,8 +133,10 @@ def test_a_finished_run_that_nobody_heard_of_is_told_again(base: Base, make_spec
 
 def test_only_the_two_newest_checkpoints_are_kept(base: Base, make_spec: MakeSpec) -> None:
     spec = make_spec(save_steps=2)
-    run_to_end(base, spec)
+    run_to_end(base, spec, until=lambda event: event.kind == "evaluating")
     assert sorted(path.name for path in Path(spec.checkpoint_dir).iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    run_to_end(base, spec)
+    assert not Path(spec.checkpoint_dir).exists()  # the voice is there, and needs them no more
 
 
 @pytest.mark.parametrize("suffix_tokens", [1, 60, 100_000])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -139,7 +140,7 @@ class TrainingRun:
             current_score = yield from self._scored(scored_rows, current)
             report["current_val_nll"] = current_score.mean_nll
         yield self._event("evaluating", phase="asking base and voice")
-        prompts = list(spec.test_prompts) or prompts_from(data.held_out_conversations)
+        prompts = prompts_from(data.held_out_conversations)
         serving = reloaded.to(base.device, base.dtype)
         try:
             answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
@@ -155,6 +156,7 @@ class TrainingRun:
         metadata |= {"report": report, "final_loss": told["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
+        shutil.rmtree(spec.checkpoint_dir, ignore_errors=True)  # three times the voice's size, and of no more use
         yield self._completed(metadata)
 
     # Data
