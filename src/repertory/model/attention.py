@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "repertory"
+ROW_PADDING = 16  # tokens
 
 
 class Layout(Protocol):
@@ -107,10 +108,15 @@ class PackedRows:
         spans = [torch.arange(self.prefix), *(torch.arange(self.prefix, self.prefix + n) for n in self.lengths)]
         return torch.cat(spans).to(self.device)
 
+    @property
+    def _longest(self) -> int:
+        """T, rounded up: few different shapes, as for whole batches (`base.padded_length`)."""
+        return -(-max(self.lengths) // ROW_PADDING) * ROW_PADDING
+
     @cached_property
     def _spread(self) -> Tensor:
         """(R * T,) index of each row's tokens among those after the prefix; past its end a row repeats its last."""
-        longest = max(self.lengths)
+        longest = self._longest
         rows, first = [], 0
         for length in self.lengths:
             rows.append(first + torch.arange(longest).clamp(max=length - 1))
@@ -120,7 +126,7 @@ class PackedRows:
     @cached_property
     def _gather(self) -> Tensor:
         """(N - P,) index of each token after the prefix among the R * T places."""
-        longest = max(self.lengths)
+        longest = self._longest
         spans = [row * longest + torch.arange(length) for row, length in enumerate(self.lengths)]
         return torch.cat(spans).to(self.device)
 
@@ -129,7 +135,7 @@ class PackedRows:
         G, R, P = key.shape[1], len(self.lengths), self.prefix
         if R <= 1:  # a single row is the prefix's plain continuation, and padding comes after it
             return causal_attention(query, key, value, H // G, how)
-        T, after = max(self.lengths), sum(self.lengths)
+        T, after = self._longest, sum(self.lengths)
         # Split at once and joined at once: the gradient of a slice would fill the whole with zeros, for each slice.
         parts = [torch.split(each, [P, after, N - P - after], dim=2) for each in (query, key, value)]
         (query_P, query_R, padding), (key_P, key_R, _), (value_P, value_R, _) = parts
