@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import tiny
-from repertory.data.conversations import Message
+from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Renderer, Row
 from repertory.errors import BaseModelUnavailable, InvalidInput
 
@@ -104,6 +105,29 @@ def test_templates_that_want_alternating_turns_get_them_without_losing_a_word() 
     text = renderer.tokenizer.decode(row.input_ids)
     assert "one\ntwo" in text
     assert trained_text(renderer, row) == "ahoy<|im_end|>three\nfour<|im_end|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_assistants_message_of_weight_0_is_read_and_not_learned(name: str) -> None:
+    renderer = renderer_of(name)
+    told = [*CHAT[:2], CHAT[2].model_copy(update={"weight": 0}), *CHAT[3:]]
+    row, whole = renderer.row(told), renderer.row(CHAT)
+    assert row is not None
+    assert whole is not None
+    assert row.input_ids == whole.input_ids
+    assert trained_text(renderer, row).replace(" ", "") == "therum\nisgone<|im_end|>"
+    last_untrained = [*CHAT[:4], CHAT[4].model_copy(update={"weight": 0})]
+    assert renderer.row(last_untrained) == renderer.row(CHAT[:3])
+
+
+def test_weights_that_cannot_be_kept_are_refused() -> None:
+    bye = Message(role="assistant", content="bye", weight=0)
+    with pytest.raises(ValidationError, match="only an assistant's message"):
+        Message(role="user", content="hi", weight=0)
+    with pytest.raises(ValidationError, match="no assistant turn to learn from"):
+        Conversation(messages=[CHAT[1], bye])
+    with pytest.raises(ValidationError, match="different weights"):
+        Conversation(messages=[CHAT[1], CHAT[2], bye])
 
 
 WORDS = st.text(min_size=1, max_size=12) | st.sampled_from([*tiny.SPECIAL, "<|im_", "end|>", "[INST]", "{{ 1/0 }}"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Role = Literal["system", "user", "assistant"]
 
@@ -36,6 +37,17 @@ class Message(BaseModel):
 
     role: Role
     content: SpokenText
+    weight: Literal[0, 1] = 1  # 0: words of the assistant that are read as history, and not learned
+
+    @model_validator(mode="after")
+    def only_the_assistant_is_weighed(self) -> Message:
+        if self.weight == 0 and self.role != "assistant":
+            raise ValueError("only an assistant's message can have the weight 0; nothing else is learned anyway")
+        return self
+
+    @property
+    def is_trained(self) -> bool:
+        return self.role == "assistant" and self.weight == 1
 
 
 class Conversation(BaseModel):
@@ -55,6 +67,9 @@ class Conversation(BaseModel):
     @field_validator("messages")
     @classmethod
     def someone_answers(cls, messages: list[Message]) -> list[Message]:
-        if not any(message.role == "assistant" for message in messages):
-            raise ValueError("has no assistant turn, so there is nothing to learn from it")
+        if not any(message.is_trained for message in messages):
+            raise ValueError("has no assistant turn to learn from")
+        for one, following in pairwise(messages):
+            if one.role == following.role and one.weight != following.weight:
+                raise ValueError("has an assistant's turn of several messages with different weights; give them one")
         return messages

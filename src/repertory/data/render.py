@@ -61,6 +61,7 @@ class _Piece:
     text: str
     special: int | None = None  # token id
     is_reply: bool = False  # an assistant's words
+    is_trained: bool = False
 
 
 _EXCHANGE = [Message(role="user", content="u"), Message(role="assistant", content="a")]
@@ -138,11 +139,11 @@ class Renderer:
     def row(self, messages: Sequence[Message], max_tokens: int | None = None) -> Row | None:
         """A conversation with a label on every assistant's words and on the token that ends its turn.
 
-        Messages after the last assistant turn are left out: nobody answers them. Too long for `max_tokens`: the oldest
-        messages are dropped, never a leading system message, the last assistant turn or what it answers; None if that
-        does not suffice.
+        Messages after the last trained one are left out: nothing is learned from them. Too long for `max_tokens`: the
+        oldest messages are dropped, never a leading system message, the last trained turn or what it answers; None if
+        that does not suffice.
         """
-        answered = len(messages) - next(at for at, m in enumerate(reversed(messages)) if m.role == "assistant")
+        answered = len(messages) - next(at for at, m in enumerate(reversed(messages)) if m.is_trained)
         whole = messages[:answered]
         candidates = [whole, *_shortened(whole)]
 
@@ -196,7 +197,13 @@ class Renderer:
         for at, part in enumerate(re.split(f"\ue000{nonce}(\\d+)\ue001", text)):
             if at % 2:  # the number in a mark
                 message = messages[int(part)]
-                pieces.append(_Piece(message.content.strip(), is_reply=message.role == "assistant"))
+                pieces.append(
+                    _Piece(
+                        message.content.strip(),
+                        is_reply=message.role == "assistant",
+                        is_trained=message.is_trained,
+                    )
+                )
             else:
                 pieces += self._template_pieces(part)
         return pieces
@@ -236,7 +243,8 @@ class Renderer:
         turns: list[Message] = []
         for message in fitted:
             if turns and turns[-1].role == message.role:
-                turns[-1] = Message(role=message.role, content=f"{turns[-1].content}\n{message.content}")
+                # Of one weight: conversations whose assistant says both kinds in a row are refused.
+                turns[-1] = message.model_copy(update={"content": f"{turns[-1].content}\n{message.content}"})
             else:
                 turns.append(message)
         spoken = 1 if turns and turns[0].role == "system" else 0
@@ -270,7 +278,7 @@ class Renderer:
                 # White space that the template writes before the words belongs to them: the prompt ends before it.
                 header = run.rstrip() if self._prompt_ends_bare else run
                 self._append(header, False, ids, labels)
-                run, is_trained = run[len(header) :] + piece.text, True
+                run, is_trained = run[len(header) :] + piece.text, piece.is_trained
             else:
                 run += piece.text
         self._append(run, is_trained, ids, labels)

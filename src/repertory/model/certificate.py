@@ -53,7 +53,7 @@ def only_the_assistant_is_trained(renderer: Renderer, trained: Sequence[tuple[Se
     for number, (messages, row) in enumerate(trained):
         told = _words(renderer.decode([label for label in row.labels if label != NO_LABEL]))
         spoken = messages[1:] if messages[0].role == "system" else messages
-        said = [message.content for message in spoken[row.dropped_messages :] if message.role == "assistant"]
+        said = [message.content for message in spoken[row.dropped_messages :] if message.is_trained]
         if not 0 < row.trained_tokens < len(row.input_ids) or told != _words("".join(said)):
             return Check(
                 "wrong_words_trained",

@@ -144,7 +144,7 @@ def prompts_from(conversations: Sequence[Conversation]) -> list[TestPrompt]:
     prompts: list[TestPrompt] = []
     for conversation in conversations:
         for asked, answered in pairwise(conversation.messages):
-            if asked.role == "user" and answered.role == "assistant":
+            if asked.role == "user" and answered.is_trained:
                 prompts.append(TestPrompt(instruction=asked.content[:2000], expected_response=answered.content))
                 break
         if len(prompts) == TEST_PROMPTS:

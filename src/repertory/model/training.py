@@ -390,7 +390,7 @@ class TrainingData:
     def training_texts(self) -> list[str]:
         """What the assistant said in the conversations that were trained on."""
         chosen = (self.conversations[at] for at in self.parts.training)
-        return [message.content for chat in chosen for message in chat.messages if message.role == "assistant"]
+        return [message.content for chat in chosen for message in chat.messages if message.is_trained]
 
     def checks(self, renderer: Renderer) -> list[Check]:
         return [

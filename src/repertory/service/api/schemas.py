@@ -15,8 +15,9 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class HistoryMessage(Message):
+class HistoryMessage(Request):
     role: Literal["user", "assistant"]  # the instructions have a field of their own: system_prompt
+    content: SpokenText
 
 
 class StartTraining(Request):
@@ -115,7 +116,8 @@ class Generate(Request):
 
     @property
     def messages(self) -> list[Message]:
-        spoken = [*(self.history or []), Message(role="user", content=self.message)]
+        history = [Message(role=said.role, content=said.content) for said in self.history or []]
+        spoken = [*history, Message(role="user", content=self.message)]
         if self.system_prompt is None or not self.system_prompt.strip():
             return spoken
         return [Message(role="system", content=self.system_prompt), *spoken]
