@@ -23,6 +23,7 @@ from repertory.model.engine import Engine
 from repertory.model.evaluation import score
 from repertory.model.lora import Adapter
 from repertory.model.training import TrainingRun
+from repertory.model.weights import locate
 from repertory.settings import settings
 
 RANK, ALPHA, RATE = 16, 32, 5e-4
@@ -138,7 +139,7 @@ def trl(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
     rows = rendered(ours, work)
     held_out = rows[-len(rows) // 6 :] if args.steps == 0 else []
     trained = rows[: len(rows) - len(held_out)]
-    folder = base_module.locate(BUNDLED_MODEL, settings(), lambda phase: None)
+    folder = locate(BUNDLED_MODEL, settings(), lambda phase: None)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base_module.DTYPES[args.dtype])
     idle = peak_bytes()
     ends: list[float] = []

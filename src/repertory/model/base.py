@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,21 +17,18 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from repertory.contracts import BUNDLED_MODEL, BaseKey, Device
+from repertory.contracts import BaseKey, Device
 from repertory.data.render import Renderer
 from repertory.errors import BaseModelUnavailable, InsufficientMemory
-from repertory.model import bundled
 from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.rmsnorm import replace_rms_norms
+from repertory.model.weights import locate, weights_fingerprint
 from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")  # files of a base model on the hub
-WANTED = (*WITHOUT_WEIGHTS, "*.safetensors")
 EXACT_TOKENS = 32
-FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
 PADDING = 32
 TESTED = "Llama, Mistral and Qwen2"
 
@@ -145,19 +140,6 @@ class Base(Outline):
         return KVCache(self.layer_count)
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Changes when the model's files are exchanged for others: sizes, and samples of the contents, not gigabytes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - FINGERPRINT_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
 def padded_length(tokens: int) -> int:
     """Few different lengths instead of all: oneDNN plans each new shape of a product, and keeps about a megabyte for it
     (`docs/log.md`). Small batches, the decoding rows, are left exact.
@@ -223,81 +205,12 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     return base
 
 
-def locate(name: str, settings: Settings, say: Callable[[str], None]) -> Path:
-    """The local folder of base model `name`: in the cache, or brought there. Raises BaseModelUnavailable."""
-    cache = settings.model_cache_dir.resolve()
-    folder = (cache / name).resolve()
-    if not folder.is_relative_to(cache):
-        raise BaseModelUnavailable(f"the base model {name} lies outside the model cache", code="base_model_not_allowed")
-    if name == BUNDLED_MODEL:
-        bundled.provide(folder, say)
-    if not (folder / "config.json").is_file():
-        folder = _download(name, cache, settings, say)
-    if not any(folder.glob("*.safetensors")):
-        raise BaseModelUnavailable(
-            f"the base model {name} has no .safetensors weights; other formats can run code and are not loaded",
-            code="unsafe_weights",
-            cure="Choose a model that is published in safetensors, or convert it once with transformers.",
-        )
-    return folder
-
-
-def locate_outline(name: str, settings: Settings) -> Path:
-    """The folder that describes base model `name`, with or without its weights; a few files at the most are downloaded.
-
-    Raises BaseModelUnavailable.
-    """
-    cache = settings.model_cache_dir.resolve()
-    folder = (cache / name).resolve()
-    if name == BUNDLED_MODEL or not folder.is_relative_to(cache):
-        return locate(name, settings, lambda phase: None)
-    if (folder / "config.json").is_file():
-        return folder
-    return _download(name, cache, settings, lambda phase: None, WITHOUT_WEIGHTS)
-
-
 def renderer_in(folder: Path) -> Renderer | None:
     """Of the tokenizer in a base model's folder; None where there is none."""
     try:
         return Renderer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
     except (OSError, ValueError, ImportError, KeyError):
         return None
-
-
-def _download(
-    name: str, cache: Path, settings: Settings, say: Callable[[str], None], wanted: Sequence[str] = WANTED
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise BaseModelUnavailable(
-            f"there is no base model folder {name} in the model cache, and it is no hub name (owner/model)",
-            cure="Use owner/model as on the hub, or put the model's folder into MODEL_CACHE_DIR.",
-        )
-    say(f"downloading {name}")
-    try:
-        return Path(
-            snapshot_download(
-                name, cache_dir=cache / "hub", token=settings.huggingface_token, allow_patterns=list(wanted)
-            )
-        )
-    except GatedRepoError as error:
-        raise BaseModelUnavailable(
-            f"{name} is gated on the hub and the access was refused",
-            cure="Accept its licence on the model's page and set HUGGINGFACE_TOKEN, or use an open base model.",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BaseModelUnavailable(
-            f"the hub has no model {name}, or it is private",
-            cure="Check the spelling; for a private model set HUGGINGFACE_TOKEN.",
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelUnavailable(
-            f"{name} is not in the model cache and could not be downloaded: {_first_line(error)}",
-            cure="Check the network (or HUGGINGFACE_TOKEN), copy the model's folder to "
-            f"MODEL_CACHE_DIR/{name}, or leave base_model out to use the default.",
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -106,13 +106,13 @@ class Host:
 
     def outline(self, key: BaseKey) -> tuple[Outline, Renderer | None]:
         """Of the base model in memory, or of another one from its description. Raises BaseModelUnavailable."""
-        from repertory.model import base
+        from repertory.model import base, weights
 
         ours = self.loop.base
         if key == ours.key:
             return ours, ours.renderer
         assert self.device is not None
-        folder = base.locate_outline(key.base_model, settings())
+        folder = weights.locate_outline(key.base_model, settings())
         return base.outline(folder, key, self.device), base.renderer_in(folder)
 
     @property
