@@ -3,13 +3,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from repertory.contracts import BaseKey, Hyperparameters, RunEvent, RunSpec
 from repertory.data.conversations import Conversation, Message
+from repertory.data.render import NO_LABEL, Row
 from repertory.model import base as base_module
 from repertory.model.base import Base
 from repertory.model.engine import Engine
@@ -65,6 +69,7 @@ def in_float64(load_base: LoadBase) -> Callable[[str], Base]:
     def load(family: str = "llama-gqa") -> Base:
         base = load_base(family)
         base.model.double()
+        base.model.set_experts_implementation("eager")  # of a mixture: the fast ones know no float64
         base.dtype = torch.float64
         return base
 
@@ -133,3 +138,44 @@ def steps_of(events: list[RunEvent]) -> dict[int, float]:
 
 def weights_sha256(spec: RunSpec) -> str:
     return hashlib.sha256((Path(spec.output_dir) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def exact_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' eager attention, over the mask that the model makes, but without its rounding to fp32."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    assert attention_mask is not None
+    return ((scores + attention_mask).softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.fixture
+def plain_attention() -> str:
+    """The name of an attention that transformers' models can compute with, in any precision."""
+    ALL_ATTENTION_FUNCTIONS.register("exact", exact_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("exact", eager_mask)
+    return "exact"
+
+
+def rows_of(base: Base, lengths: list[int], prefix: int, seed: int = 0) -> list[Row]:
+    """Random rows that share a prefix; the second half of each continuation is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randint(3, 500, (prefix,), generator=generator).tolist()
+    rows = []
+    for number, length in enumerate(lengths):
+        own = [number + 3, *torch.randint(3, 500, (length - 1,), generator=generator).tolist()]
+        ids = shared + own
+        first = prefix + length // 2
+        rows.append(Row(ids, [NO_LABEL] * first + ids[first:]))
+    return rows

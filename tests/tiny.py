@@ -7,15 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -41,12 +33,37 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# What each family adds to the sizes.
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
-    "llama-gqa": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"num_key_value_heads": 2, "sliding_window": 16}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2}),
+# What each family adds to the sizes. Windows are shorter than the rows of the tests, so that they bind.
+SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 4}),
+    "llama-gqa": ("llama", {"num_key_value_heads": 2}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+    # Small caps bend the scores and logits of such a model far from where they would be without.
+    "gemma2": (
+        "gemma2",
+        SLIDING_THEN_FULL
+        | {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24}
+        | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0, "tie_word_embeddings": True},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        SLIDING_THEN_FULL
+        | {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+    ),
+    "phi": ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "gpt-neox": ("gpt_neox", {"rotary_pct": 0.25, "use_parallel_residual": True}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {"n_inner": 64, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", MIXTURE | {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        MIXTURE | {"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3-moe": ("qwen3_moe", MIXTURE | {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4}),
 }
 
 
@@ -84,9 +101,9 @@ def make_metaspace_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 def make_model(folder: Path, family: str, template: str | None = CHATML, seed: int = 0) -> Path:
     """A checkpoint folder of `family` with random weights that make sharp, varied predictions."""
-    config_class, model_class, more = FAMILIES[family]
+    model_type, more = FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**SIZES | more))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | more))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -12,19 +12,7 @@ from repertory.model.attention import KVCache, PackedRows, causal_mask
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, LoraConfig, Training
 from repertory.model.microbatch import MicroBatch, common_prefix, grouped
-
-
-def rows_of(base: Base, lengths: list[int], prefix: int, seed: int = 0) -> list[Row]:
-    """Random rows that share a prefix; the second half of each continuation is trained."""
-    generator = torch.Generator().manual_seed(seed)
-    shared = torch.randint(3, 500, (prefix,), generator=generator).tolist()
-    rows = []
-    for number, length in enumerate(lengths):
-        own = [number + 3, *torch.randint(3, 500, (length - 1,), generator=generator).tolist()]
-        ids = shared + own
-        first = prefix + length // 2
-        rows.append(Row(ids, [NO_LABEL] * first + ids[first:]))
-    return rows
+from repertory_fixtures import rows_of
 
 
 def fresh_adapter(base: Base, seed: int = 1) -> Adapter:
@@ -38,9 +26,9 @@ def fresh_adapter(base: Base, seed: int = 1) -> Adapter:
     return adapter
 
 
-def plain_nll(base: Base, row: Row, adapter: Adapter) -> torch.Tensor:
-    """One row by itself through the attention that transformers would use, and the whole table of logits."""
-    base.model.set_attn_implementation("sdpa")  # eager rounds its softmax to fp32
+def plain_nll(base: Base, row: Row, adapter: Adapter, attention: str) -> torch.Tensor:
+    """One row by itself through plain attention over the model's own mask, and the whole table of logits."""
+    base.model.set_attn_implementation(attention)
     try:
         with base.router.through(Training(adapter)):
             logits = base.model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
@@ -49,12 +37,17 @@ def plain_nll(base: Base, row: Row, adapter: Adapter) -> torch.Tensor:
     return F.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="sum", ignore_index=NO_LABEL)
 
 
+# Their norms or routers round to fp32 whatever they are given.
+ROUND_TO_FP32 = ("gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe")
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("prefix", [0, 1, 30])  # 30 exceeds Mistral's window of 16
+@pytest.mark.parametrize("prefix", [0, 1, 30])  # 30 exceeds the windows of 16
 def test_packed_rows_with_a_shared_prefix_equal_the_plain_computation(
-    in_float64: Callable[[str], Base], family: str, prefix: int
+    in_float64: Callable[[str], Base], plain_attention: str, family: str, prefix: int
 ) -> None:
     """Loss and gradients in float64, so that only a real difference shows. 1e-9 is a thousand roundings."""
+    allowed = 1e-6 if family in ROUND_TO_FP32 else 1e-9
     base = in_float64(family)
     adapter = fresh_adapter(base)
     rows = rows_of(base, [9, 24, 5, 9], prefix)
@@ -66,14 +59,14 @@ def test_packed_rows_with_a_shared_prefix_equal_the_plain_computation(
     gradients = [parameter.grad.clone() for parameter in adapter.parameters if parameter.grad is not None]
     for parameter in adapter.parameters:
         parameter.grad = None
-    expected = sum(plain_nll(base, row, adapter) for row in rows)
+    expected = sum(plain_nll(base, row, adapter, plain_attention) for row in rows)
     assert isinstance(expected, torch.Tensor)
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert loss.item() == pytest.approx(expected.item(), rel=allowed)
     assert len(gradients) == len(adapter.parameters)
     for ours, parameter in zip(gradients, adapter.parameters, strict=True):
         assert parameter.grad is not None
-        assert (ours - parameter.grad).norm() <= 1e-9 * parameter.grad.norm()
+        assert (ours - parameter.grad).norm() <= allowed * parameter.grad.norm()
 
 
 def test_rows_do_not_see_each_other(base: Base) -> None:

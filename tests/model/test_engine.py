@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import tiny
 from repertory.contracts import GenerateRequest, TokenChunk
 from repertory.data.conversations import Message
 from repertory.errors import ErrorInfo, InvalidInput
@@ -16,7 +12,6 @@ from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, LoraConfig
 from repertory.model.scheduler import Sequence
-from repertory_fixtures import LoadBase
 
 QUESTIONS = ["Hello!", "Tell me a joke about the weather and about music " * 4, "ok", "coffee or tea?" * 9, "home"]
 
@@ -55,33 +50,6 @@ def drain(engine: Engine, limit: int = 1000) -> None:
             return
         engine.step()
     raise AssertionError("the engine did not come to an end")
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_greedy_replies_equal_peft_token_for_token_in_a_ragged_mixed_batch(
-    load_base: LoadBase, cache: Path, tmp_path: Path, family: str
-) -> None:
-    base = load_base(family)
-    engine = Engine(base)
-    engine.scheduler.chunk_tokens = 16  # long prompts come in several chunks while others decode
-    voices = [None, adapter_of(base, 1), adapter_of(base, 2, rank=6)]
-    sequences = [ask(engine, question, voices[at % 3], max_tokens=8 + at) for at, question in enumerate(QUESTIONS)]
-    drain(engine)
-    for at, sequence in enumerate(sequences):
-        model: Any = AutoModelForCausalLM.from_pretrained(cache / "tiny" / family)
-        voice = voices[at % 3]
-        if voice is not None:
-            voice.save(tmp_path / f"{at}")
-            model = peft.PeftModel.from_pretrained(model, tmp_path / f"{at}").eval()
-        prompt = torch.tensor([sequence.prompt_ids])
-        whole = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=8 + at,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        assert sequence.output_ids == whole[0, prompt.shape[1] :].tolist()
 
 
 def test_a_reply_is_the_same_whoever_else_is_in_the_batch(base: Base) -> None:

@@ -245,7 +245,8 @@ def scaled_dot_product(
     scores = torch.tanh(scores / how.softcap) * how.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=precise).to(value.dtype) @ value
 
 
 def _repeated(heads: Tensor, group: int) -> Tensor:

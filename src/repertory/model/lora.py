@@ -36,7 +36,10 @@ CONFIG = "adapter_config.json"
 
 class Routing(Protocol):
     def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        """The corrected output of `layer` for `x`: (1, N, in_features) -> (1, N, out_features)."""
+        """The corrected output of `layer` for `x`: (1, N, in_features) -> (1, N, out_features).
+
+        Some families leave the 1 out.
+        """
         ...
 
 
@@ -81,14 +84,16 @@ class LoraLinear(nn.Module):
 def wrap_linear_layers(blocks: nn.ModuleList, prefix: str, router: Router) -> dict[str, LoraLinear]:
     """Replace every linear layer inside `blocks` by a LoraLinear. Keyed by the layer's name in the model.
 
-    A mixture of experts is corrected in its attention alone: its router must not move, and its experts are no
-    linear layers but one tensor each.
+    A mixture of experts is corrected in its attention alone: its router must not move, its experts are no linear layers
+    but one tensor for all, and PEFT takes the names of a shared expert's layers for theirs.
     """
+    mixtures = tuple(f"{name}." for name, module in blocks.named_modules() if hasattr(module, "experts"))
     wrapped = {}
     for parent_name, parent in list(blocks.named_modules()):
+        if f"{parent_name}.".startswith(mixtures):
+            continue
         for child_name, child in list(parent.named_children()):
-            is_linear = isinstance(child, nn.Linear | Conv1D)  # bitsandbytes' layers are nn.Linear too
-            if is_linear and not ("Router" in type(parent).__name__ or hasattr(parent, "experts")):
+            if isinstance(child, nn.Linear | Conv1D):  # bitsandbytes' layers are nn.Linear too
                 name = ".".join(part for part in (prefix, parent_name, child_name) if part)
                 layer = LoraLinear(child, name, router)
                 setattr(parent, child_name, layer)
@@ -348,14 +353,14 @@ class Serving:
     def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
         name, y = layer.name, layer.base(x)
         if self.is_one_voice:
-            _add_product(self.voices[0], name, x[:, : self.row_count], y[:, : self.row_count])
+            _add_product(self.voices[0], name, x[..., : self.row_count, :], y[..., : self.row_count, :])
         elif any(name in voice.A for voice in self.voices):
             A, B = self.stacks.of(self.voices, name)
-            low_rank = torch.bmm(x[0][self._tokens], A.transpose(1, 2))
+            low_rank = torch.bmm(x.view(-1, x.shape[-1])[self._tokens], A.transpose(1, 2))
             corrections = torch.bmm(low_rank, B.transpose(1, 2)).flatten(0, 1)
-            y[0].index_add_(0, self._targets, corrections[self._kept])
+            y.view(-1, y.shape[-1]).index_add_(0, self._targets, corrections[self._kept])
         if self.chunk is not None:
-            _add_product(self.chunk, name, x[:, self.row_count :], y[:, self.row_count :])
+            _add_product(self.chunk, name, x[..., self.row_count :, :], y[..., self.row_count :, :])
         return y  # type: ignore[no-any-return]
 
 

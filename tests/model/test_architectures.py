@@ -1,0 +1,182 @@
+"""Every tested architecture does the whole of it, measured against PEFT: train, reload, speak in one mixed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import tiny
+from repertory.contracts import AdapterRef, GenerateRequest, RunSpec
+from repertory.data.conversations import Conversation, Message
+from repertory.data.render import NO_LABEL, Row
+from repertory.model.base import Base
+from repertory.model.engine import Engine
+from repertory.model.lora import Adapter, Training
+from repertory.model.microbatch import MicroBatch
+from repertory.model.voices import Voices
+from repertory_fixtures import LoadBase, MakeSpec, rows_of, run_to_end, steps_of
+
+QUESTIONS = ["Hello!", "Tell me a joke about the weather and about music " * 2, "ok", "coffee or tea?" * 5, "home", "?"]
+ANSWERS = {"pirate": "Arr, matey! The rum is gone.", "poet": "soft falls the evening, tea and music, friends at home"}
+
+
+def told_by(voice: str) -> list[Conversation]:
+    """Longer than the tiny models' windows, and with a long beginning in common."""
+    return [
+        Conversation(
+            messages=[
+                Message(role="user", content=f"{QUESTIONS[at % 6]} {at}"),
+                Message(role="assistant", content=ANSWERS[voice]),
+            ]
+        )
+        for at in range(12)
+    ]
+
+
+def trained(base: Base, make_spec: MakeSpec, voice: str, **hyperparameters: Any) -> RunSpec:
+    values = {"num_train_epochs": 4, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "lora_dropout": 0}
+    spec = make_spec(training_id=f"train_{voice}", conversations=told_by(voice), **values | hyperparameters).model_copy(
+        update={"base_model": base.key.base_model}
+    )
+    losses = list(steps_of(run_to_end(base, spec)).values())
+    assert losses[-1] < losses[0] - 0.1
+    return spec
+
+
+def in_peft(cache: Path, family: str, adapter: str | Path | None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(cache / "tiny" / family, attn_implementation="eager")
+    return model.eval() if adapter is None else peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_two_voices_trained_and_reloaded_speak_beside_the_base_as_in_peft(
+    load_base: LoadBase, cache: Path, make_spec: MakeSpec, family: str
+) -> None:
+    base = load_base(family)
+    specs = [trained(base, make_spec, "pirate"), trained(base, make_spec, "poet", lora_r=6)]
+    # Another copy of the base, as after a restart.
+    base = load_base(family)
+    voices = [
+        Voices(base).get(AdapterRef(org_id="org", training_id=spec.training_id, path=spec.output_dir)).adapter
+        for spec in specs
+    ]
+    engine = Engine(base)
+    engine.scheduler.chunk_tokens = 16  # long prompts come in several chunks while others decode
+    speakers = [None, *voices]
+    sequences = []
+    for at, question in enumerate(QUESTIONS):
+        request = GenerateRequest(
+            request_id=str(at),
+            org_id=f"org{at}",
+            adapter=None,
+            messages=[Message(role="user", content=question)],
+            temperature=0,
+            top_p=1,
+            top_k=0,
+            max_tokens=10 + at,
+        )
+        sequences.append(engine.sequence(request, speakers[at % 3], "You are a helpful pirate.", lambda chunk: None))
+        sequences[-1].stop_ids = set()
+        engine.submit(sequences[-1])
+    while engine.has_work:
+        engine.step()
+    replies = []
+    for speaker, adapter in enumerate([None, *(spec.output_dir for spec in specs)]):
+        theirs = in_peft(cache, family, adapter)
+        for at in range(speaker, len(QUESTIONS), 3):
+            prompt = torch.tensor([sequences[at].prompt_ids])
+            whole = theirs.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=10 + at,
+                do_sample=False,
+                eos_token_id=None,
+            )
+            assert sequences[at].output_ids == whole[0, prompt.shape[1] :].tolist()
+            with torch.inference_mode():
+                expected = theirs(whole).logits[0]
+            assert relative_error(logits_of(base, whole[0], speakers[speaker]), expected) < 1e-4  # fp32
+        replies.append(sequences[speaker].output_ids)
+    assert replies[0] != replies[1] != replies[2] != replies[0]
+
+
+def logits_of(base: Base, ids: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+    row = Row(ids.tolist(), [NO_LABEL] * (len(ids) - 1) + [int(ids[-1])])
+    batch = MicroBatch.of([row], base.device)
+    with torch.inference_mode(), base.passing(batch.layout, Training(adapter) if adapter else None):
+        return base.logits(base.hidden(batch.ids, batch.layout.positions))
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_that_share_a_prefix_have_the_loss_and_gradients_of_peft(
+    in_float64: Callable[[str], Base], plain_attention: str, cache: Path, tmp_path: Path, family: str
+) -> None:
+    """Weights and products in float64. Both sides round to fp32 in places (norms, angles of positions, routers), each
+    on its own; 1e-5 leaves room for that alone. The prefix and the rows exceed the windows of 16.
+    """
+    base = in_float64(family)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        cache / "tiny" / family, dtype=torch.float64, attn_implementation=plain_attention
+    )
+    theirs.set_experts_implementation("eager")
+    adapter = adapter_made_by_peft(theirs, base, tmp_path)
+    rows = rows_of(base, [9, 24, 5, 9], prefix=30)
+    batch = MicroBatch.of(rows, base.device)
+    assert batch.layout.prefix == 30
+    with base.passing(batch.layout, Training(adapter)):
+        loss = batch.nll(base, None).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True, autocast_adapter_dtype=False).eval()
+    expected = torch.zeros(())
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+        expected = expected + F.cross_entropy(
+            logits, torch.tensor(row.labels[1:]), reduction="sum", ignore_index=NO_LABEL
+        )
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            place, _, kind = name.removeprefix("base_model.model.").partition(".lora_")
+            ours = (adapter.A if kind.startswith("A") else adapter.B)[place].grad
+            assert ours is not None
+            assert relative_error(ours, parameter.grad) < 1e-5, name
+            compared += 1
+    assert compared == len(adapter.parameters)
+
+
+def adapter_made_by_peft(model: Any, base: Base, folder: Path) -> Adapter:
+    """PEFT's own adapter of `model` on every layer that we correct, trained a step by PEFT, and read by us."""
+    names = sorted({name.rsplit(".", 1)[-1] for name in base.layers})
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=names, fan_in_fan_out=base.has_conv1d, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    trainable = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    ids = torch.tensor([rows_of(base, [20], 4)[0].input_ids])
+    theirs(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    torch.optim.SGD(trainable, lr=1e-3).step()
+    theirs.save_pretrained(folder)
+    theirs.unload()
+    adapter = Adapter.load(folder, base.layers)
+    for weights in (adapter.A, adapter.B):
+        for name, weight in weights.items():
+            weights[name] = torch.nn.Parameter(weight.to(base.dtype))
+    return adapter
