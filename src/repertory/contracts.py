@@ -43,6 +43,7 @@ class Hyperparameters(Contract):
     lora_target_modules: str | list[str] | None = None  # "all-linear", "q_proj,v_proj" or a list of module names
     batch_size: int | None = Field(None, ge=1, le=4096)  # with the next: rows of one optimizer step
     gradient_accumulation_steps: int | None = Field(None, ge=1, le=4096)
+    gradient_checkpointing: bool | None = None
     learning_rate: float | None = Field(None, gt=0, le=1)
     num_train_epochs: int | None = Field(None, ge=1, le=100)
     max_seq_length: int | None = Field(None, ge=8)  # tokens

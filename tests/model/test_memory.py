@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from repertory.contracts import BaseKey, Device, EstimateRequest, Hyperparameters
 from repertory.data.render import NO_LABEL, Row
@@ -21,19 +22,24 @@ from repertory.model.microbatch import MicroBatch
 from repertory.settings import Settings
 from repertory_fixtures import LoadBase, MakeSpec, conversation, run_to_end
 
-LLAMA_2_7B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-)
+ROOT = Path(__file__).parents[2]
 GPU = Device(kind="cuda", name="a card", memory_bytes=24 * GIB, has_bf16=True)
-CONTEXT_BYTES = GIB // 2  # what the CUDA context takes of a card before anything is loaded
 
 
-def outlined(folder: Path, quantization: str, dtype: str, config: PretrainedConfig = LLAMA_2_7B) -> Outline:
+def _cards() -> Any:
+    """benchmarks/cards.py, which prints the table of the README."""
+    spec = importlib.util.spec_from_file_location("cards", ROOT / "benchmarks" / "cards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cards = _cards()
+
+
+def outlined(folder: Path, quantization: str, dtype: str, config: PretrainedConfig = cards.LLAMA_2_7B) -> Outline:
     config.save_pretrained(folder)
     key = BaseKey.model_validate({"base_model": "meta-llama/x", "quantization": quantization, "dtype": dtype})
     return base_module.outline(folder, key, GPU)
@@ -49,62 +55,51 @@ def test_llama_2_7b_takes_what_the_readme_says(tmp_path: Path, quantization: str
     assert base.architecture.base_bytes(base.key) == pytest.approx(gigabytes * 1e9, rel=0.15)
 
 
-def qlora(tmp_path: Path, **changed: Any) -> Demand:
-    """Rank 16 on all linear layers, rows of 2,048 tokens. BATCH_SIZE=4 says how many make a step, which memory does
-    not feel: a forward pass on a GPU of a 7B model takes one such row."""
+def test_the_cards_of_the_readme_are_those_of_the_estimate() -> None:
+    assert cards.table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("card_gb", [8, 12, 16, 24])
+def test_a_qlora_job_on_llama_2_7b_fits_every_card_as_it_is_set(tmp_path: Path, card_gb: int) -> None:
+    """Rank 16, batch 4, 2,048 tokens, by the endpoint's estimate; gradient checkpointing is on by default."""
     base = outlined(tmp_path, "4bit", "bf16")
-    demand = Demand(
-        architecture=base.architecture,
-        key=base.key,
-        device="cuda",
-        rank=16,
-        adapted=tuple(base.layers),
-        dropout=0.0,
-        batch=BatchShape(0, (2048,)),
+    request = EstimateRequest(
+        key=base.key, conversations=[conversation(1)], hyperparameters=cards.QLORA, validation_split=0.0
     )
-    return replace(demand, **changed)
+    with pytest.raises(StopIteration) as end:
+        next(estimate(base, None, request, card_gb * GIB - cards.CONTEXT_BYTES, None))
+    told = end.value.value
+    assert told.fits
+    assert told.hyperparameters["gradient_checkpointing"] is True
+    assert told.peak_memory_bytes < 6 * GIB
 
 
 @pytest.mark.parametrize(
-    ("card_gib", "fits", "advised"),
-    [
-        (8, False, "max_seq_length=512"),
-        (12, False, "max_seq_length=1024"),
-        (16, True, None),
-        (24, True, None),
-    ],
+    ("card_gb", "advised"), [(8, "gradient_checkpointing=true"), (12, "gradient_checkpointing=true"), (24, None)]
 )
-def test_on_which_cards_a_qlora_job_on_llama_2_7b_fits(
-    tmp_path: Path, card_gib: int, fits: bool, advised: str | None
-) -> None:
-    demand, available = qlora(tmp_path), card_gib * GIB - CONTEXT_BYTES
-    assert (demand.estimate().total <= available) is fits
+def test_without_gradient_checkpointing_it_is_what_is_advised(card_gb: int, advised: str | None) -> None:
+    demand, available = replace(cards.qlora_demand(), gradient_checkpointing=False), card_gb * GIB - cards.CONTEXT_BYTES
+    assert (demand.estimate().total <= available) is (advised is None)
     if advised is not None:
         assert cures(demand, available)[0].startswith(f"{advised} (")
 
 
-def test_a_16_gb_card_has_no_room_for_dropout(tmp_path: Path) -> None:
-    """Each of the seven layers keeps an input of its own, and a mask."""
-    demand, available = qlora(tmp_path, dropout=0.05), 16 * GIB - CONTEXT_BYTES
-    assert demand.estimate().total > available
-    assert cures(demand, available)[0].startswith("lora_dropout=0 (")
-
-
-def test_gradient_checkpointing_would_fit_an_8_gb_card(tmp_path: Path) -> None:
-    assert qlora(tmp_path, gradient_checkpointing=True).estimate().total <= 8 * GIB - CONTEXT_BYTES
-
-
-def test_a_half_precision_job_is_told_to_quantize(tmp_path: Path) -> None:
-    demand = qlora(tmp_path)
-    demand = replace(demand, key=demand.key.model_copy(update={"quantization": "none"}))
-    advice = cures(demand, 20 * GIB)
+def test_where_even_that_does_not_fit_rows_become_shorter() -> None:
+    advice = cures(cards.qlora_demand(), int(5.0 * GIB))
     assert advice[0].startswith("max_seq_length=1024 (")
-    assert [one.partition("=")[0] for one in advice[1:]] == ["use_8bit", "use_4bit"]
 
 
-def test_optimizer_and_gradients_are_counted_from_the_rank(tmp_path: Path) -> None:
-    found = qlora(tmp_path).estimate()
-    weights = 16 * sum(sum(shape) for shape in qlora(tmp_path).architecture.linear.values())
+def test_a_half_precision_job_is_told_to_quantize() -> None:
+    demand = cards.qlora_demand()
+    demand = replace(demand, key=demand.key.model_copy(update={"quantization": "none"}))
+    advice = cures(demand, 10 * GIB)
+    assert [one.partition("=")[0] for one in advice] == ["use_8bit", "use_4bit"]
+
+
+def test_optimizer_and_gradients_are_counted_from_the_rank() -> None:
+    demand = replace(cards.qlora_demand(), gradient_checkpointing=False)
+    found = demand.estimate()
+    weights = 16 * sum(sum(shape) for shape in demand.architecture.linear.values())
     assert weights == 39_976_960  # https://arxiv.org/abs/2106.09685 on 7 layers of 32 blocks
     assert (found.gradients, found.optimizer, found.adapter) == (4 * weights, 8 * weights, 6 * weights)
 
@@ -113,9 +108,10 @@ def test_the_logits_of_a_chunk_are_counted_as_they_are_cut() -> None:
     assert memory.LOGITS_POSITIONS == microbatch.LOGITS_CHUNK
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [BatchShape(0, (512,)), BatchShape(0, (64,) * 8), BatchShape(256, (32,) * 8)])
-def test_the_estimate_is_what_torch_allocates(base: Base, shape: BatchShape, dropout: float) -> None:
+def test_the_estimate_is_what_torch_allocates(base: Base, shape: BatchShape, dropout: float, recompute: bool) -> None:
     """Within 15% on this tiny model, where small things that are not counted weigh more; within 2% on the bundled."""
     names = tuple(base.layers)
     config = LoraConfig(base_model="x", rank=4, alpha=8, dropout=dropout, target_modules=["q_proj"])
@@ -128,9 +124,10 @@ def test_the_estimate_is_what_torch_allocates(base: Base, shape: BatchShape, dro
         adapted=names,
         dropout=dropout,
         batch=shape,
+        gradient_checkpointing=recompute,
     )
     allocated = demand.activations / memory.ALLOCATOR_OVERHEAD["cpu"]
-    assert peak_allocation(base, rows_of(shape), adapter, dropout) == pytest.approx(allocated, rel=0.15)
+    assert peak_allocation(base, rows_of(shape), adapter, dropout, recompute) == pytest.approx(allocated, rel=0.15)
 
 
 def rows_of(shape: BatchShape) -> list[Row]:
@@ -142,11 +139,11 @@ def rows_of(shape: BatchShape) -> list[Row]:
     return rows
 
 
-def peak_allocation(base: Base, rows: list[Row], adapter: Adapter, dropout: float) -> int:
+def peak_allocation(base: Base, rows: list[Row], adapter: Adapter, dropout: float, recompute: bool) -> int:
     routing, batch = Training(adapter, dropout), MicroBatch.of(rows, base.device)
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
-        base.passing(batch.layout, routing),
+        base.passing(batch.layout, routing, recompute=recompute),
     ):
         batch.nll(base, routing).sum().backward()
     assert recorded.profiler is not None

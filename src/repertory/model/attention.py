@@ -2,8 +2,8 @@
 
 Every forward pass here, in training and in serving, runs over one flat row of N tokens, (1, N), that belong to several
 sequences. Everything in a transformer but attention works on each token alone, so no padding is ever computed; only
-this function knows which token may see which. What it knows is a layout, in force for one forward pass (and, for
-gradient checkpointing, its backward):
+this function knows which token may see which. What it knows is a layout, in force for one forward pass (and for
+what gradient checkpointing computes of it again):
 
     PackedRows   training and scoring: an optional shared prefix, then the rows that continue it
     CachedRows   serving: each sequence's new tokens continue what its row of a KVCache holds
@@ -56,11 +56,11 @@ _layout: Layout | None = None
 @contextmanager
 def layout_in_force(layout: Layout) -> Iterator[None]:
     global _layout
-    _layout = layout
+    before, _layout = _layout, layout
     try:
         yield
     finally:
-        _layout = None
+        _layout = before
 
 
 def packed_attention(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from repertory.errors import BaseModelUnavailable, InsufficientMemory
 from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
+from repertory.model.recompute import Recomputation
 from repertory.model.rmsnorm import replace_rms_norms
 from repertory.model.weights import locate, weights_fingerprint
 from repertory.settings import Settings
@@ -84,15 +85,20 @@ class Base(Outline):
     dtype: torch.dtype  # of the activations, and of the weights where they are not quantized
     body: nn.Module  # everything but the output embeddings
     router: Router
+    recomputation: Recomputation
     renderer: Renderer
     has_conv1d: bool
     fingerprint: str  # of the weights on disk: an adapter fits no others
     memory_limit_bytes: int | None = None  # MAX_GPU_MEMORY_GB
 
     @contextmanager
-    def passing(self, layout: Layout, routing: Routing | None) -> Iterator[None]:
-        """What a forward pass needs to know; hold it around the backward pass too, which may recompute blocks."""
-        with layout_in_force(layout), self.router.through(routing):
+    def passing(self, layout: Layout, routing: Routing | None, *, recompute: bool = False) -> Iterator[None]:
+        """What a forward pass needs to know. With `recompute` its backward pass computes the blocks again."""
+        with ExitStack() as stack:
+            stack.enter_context(layout_in_force(layout))
+            stack.enter_context(self.router.through(routing))
+            if recompute:
+                stack.enter_context(self.recomputation.with_surroundings(lambda: self.passing(layout, routing)))
             yield
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -195,6 +201,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         body=body,
         layers=layers,
         router=router,
+        recomputation=Recomputation(blocks),
         renderer=Renderer(tokenizer),
         max_positions=_max_positions(model.config),
         fingerprint=weights_fingerprint(folder),

@@ -26,6 +26,7 @@ class TrainConfig(BaseModel):
     lora_target_modules: list[str]
     effective_batch_rows: int  # rows of one optimizer step: an invariant, however many go through one forward
     suffix_tokens: int  # tokens after the shared prefix of one forward
+    gradient_checkpointing: bool = False
     learning_rate: float
     num_train_epochs: int
     max_seq_length: int  # tokens of a row
@@ -85,6 +86,7 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
         lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in chosen}),
         effective_batch_rows=batch,
         suffix_tokens=_suffix_tokens(asked, base, prefix),
+        gradient_checkpointing=_or(asked.gradient_checkpointing, base.device.type == "cuda"),
         learning_rate=asked.learning_rate or _learning_rate(base.parameter_count),
         num_train_epochs=epochs,
         max_seq_length=max_seq_length(asked, base),
@@ -95,6 +97,10 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
         logging_steps=asked.logging_steps or 1,
         seed=asked.seed or 0,
     )
+
+
+def _or(asked: bool | None, otherwise: bool) -> bool:
+    return otherwise if asked is None else asked
 
 
 def _effective_batch(asked: Hyperparameters, rows: int) -> int:

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -51,11 +53,11 @@ class Router:
 
     @contextmanager
     def through(self, routing: Routing | None) -> Iterator[None]:
-        self.routing = routing
+        before, self.routing = self.routing, routing
         try:
             yield
         finally:
-            self.routing = None
+            self.routing = before
 
 
 class LoraLinear(nn.Module):
@@ -73,6 +75,18 @@ class LoraLinear(nn.Module):
         if isinstance(self.base, Conv1D):
             return self.base.nx, self.base.nf
         return self.base.in_features, self.base.out_features  # type: ignore[return-value]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(out_features, in_features), what the frozen layer multiplies with; a quantized one's is unpacked for it."""
+        base: Any = self.base
+        if isinstance(base, Conv1D):
+            return base.weight.t()  # type: ignore[no-any-return]
+        if isinstance(base, Linear4bit):
+            return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+        if isinstance(base, Linear8bitLt):
+            held = base.state if base.state.CB is not None else base.weight  # its first pass moves them
+            return held.CB.to(dtype).mul_((held.SCB / 127).unsqueeze(1))  # type: ignore[no-any-return]
+        return base.weight  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.router.routing
@@ -265,15 +279,13 @@ class Training:
 
     def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
         A = self.adapter.A.get(layer.name)
+        y: Tensor
         if A is None:
-            return layer.base(x)  # type: ignore[no-any-return]
-        B, scaling = self.adapter.B[layer.name], self.adapter.config.scaling
-        if type(layer.base) is nn.Linear:
-            y: Tensor = _FusedLora.apply(x, layer.base.weight, layer.base.bias, A, B, scaling, self.dropout)  # type: ignore[no-untyped-call]
-            return y
-        kept = x * dropout_mask(x.shape, self.dropout, x.device) if self.dropout else x
-        low_rank = F.linear(kept, A.to(x.dtype))
-        return torch.add(layer.base(x), F.linear(low_rank, B.to(x.dtype)), alpha=scaling / (1 - self.dropout))
+            y = _Frozen.apply(x, layer)  # type: ignore[no-untyped-call]
+        else:
+            B, scaling = self.adapter.B[layer.name], self.adapter.config.scaling
+            y = _FusedLora.apply(x, layer, A, B, scaling, self.dropout)  # type: ignore[no-untyped-call]
+        return y
 
 
 def dropout_mask(shape: torch.Size, share: float, device: torch.device) -> Tensor:
@@ -286,44 +298,58 @@ def dropout_mask(shape: torch.Size, share: float, device: torch.device) -> Tenso
     return (bits.view(torch.int16)[:places] >= round(share * 65536) - 32768).view(shape)
 
 
+class _Frozen(torch.autograd.Function):
+    """A frozen layer, quantized or not, of which nothing is kept for the backward pass.
+
+    bitsandbytes' own function keeps the input of an 8-bit layer, out of the reach of gradient checkpointing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: LoraLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.base(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.layer.weight(grads[0].dtype), None
+
+
 class _FusedLora(torch.autograd.Function):
-    """x W' + bias + scaling * dropout(x) A' B', with W frozen and A, B possibly in a higher precision than x.
+    """base(x) + scaling * dropout(x) A' B', with the base frozen and A, B possibly in a higher precision than x.
 
     What plain autograd would write to memory and read again is added in place: the correction to the output, and its
     gradient to that of the input.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: LoraLinear, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         mask = dropout_mask(flat.shape, dropout, flat.device) if dropout else None
         kept = flat if mask is None else flat * mask
         a, b = A.to(x.dtype), B.to(x.dtype)
         scaling = scaling / (1 - dropout)  # what is kept stands for what is not
         low_rank = (kept @ a.t()).mul_(scaling)
-        y = F.linear(flat, weight, bias).addmm_(low_rank, b.t())
-        ctx.save_for_backward(kept, mask, low_rank, weight, a, b)
-        ctx.scaling, ctx.x_shape, ctx.precision = scaling, x.shape, A.dtype
+        y: Tensor = layer.base(flat).addmm_(low_rank, b.t())
+        ctx.save_for_backward(kept, mask, low_rank, a, b)
+        ctx.layer, ctx.scaling, ctx.x_shape, ctx.precision = layer, scaling, x.shape, A.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        kept, mask, low_rank, weight, a, b = ctx.saved_tensors
+        kept, mask, low_rank, a, b = ctx.saved_tensors
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])
         grad_low_rank = (grad_y @ b).mul_(ctx.scaling)
         grad_B = (grad_y.t() @ low_rank).to(ctx.precision)
         grad_A = (grad_low_rank.t() @ kept).to(ctx.precision)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ weight
+            grad_x = grad_y @ ctx.layer.weight(grad_y.dtype)
             if mask is None:
                 grad_x.addmm_(grad_low_rank, a)
             else:
                 grad_x.add_((grad_low_rank @ a).mul_(mask))
             grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, None, grad_A, grad_B, None, None
+        return grad_x, None, grad_A, grad_B, None, None
 
 
 class Serving:

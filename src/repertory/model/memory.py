@@ -94,7 +94,7 @@ class Estimate:
     """Bytes on the device."""
 
     base: int
-    adapter: int  # fp32, which are the master weights too; and their copy in the base's precision
+    adapter: int  # fp32, which are the master weights too; and the copy in the base's precision that a pass keeps
     gradients: int
     optimizer: int  # two fp32 moments of AdamW
     activations: int  # the most that one forward and backward holds beside all that
@@ -128,7 +128,7 @@ class Demand:
         element = BYTES[self.key.dtype]
         return Estimate(
             base=architecture.base_bytes(self.key),
-            adapter=weights * (4 + (element if element < 4 else 0)),
+            adapter=weights * (4 + (element if element < 4 and not self.gradient_checkpointing else 0)),
             gradients=4 * weights,
             optimizer=8 * weights,
             activations=self.activations,
@@ -138,12 +138,12 @@ class Demand:
     def activations(self) -> int:
         """Kept by all blocks, and beside it the largest of what comes and goes: the logits of a chunk when the backward
         pass begins, the gradients inside one MLP, or those of attention weights that are written out.
+
+        With gradient checkpointing the blocks keep their inputs alone; when the logits have gone, one block at a time
+        is there whole.
         """
         architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
         block = self._kept_by_a_block()
-        kept = architecture.blocks * block
-        if self.gradient_checkpointing:
-            kept = architecture.blocks * batch.tokens * architecture.hidden_size * element + block
         logits = min(batch.tokens, LOGITS_POSITIONS) * architecture.vocabulary * BYTES_PER_LOGIT
         gradients = batch.tokens * 3 * (architecture.intermediate_size + architecture.hidden_size) * element
         unpacked = 0  # quantized weights become a whole matrix for their product
@@ -151,14 +151,19 @@ class Demand:
             unpacked = max(map(math.prod, architecture.linear.values())) * element
         written_out = [one.weights for one in self._attention_passes() if self._is_written_out(one)]
         weights = 2 * max(written_out, default=0) * element
-        return int((kept + max(logits, gradients, weights) + unpacked) * ALLOCATOR_OVERHEAD[self.device])
+        if self.gradient_checkpointing:
+            inputs = architecture.blocks * batch.tokens * architecture.hidden_size * element
+            mlp = self._kept_by_an_mlp()  # gone when the gradients of the attention weights come
+            peak = inputs + max(logits, block + gradients, block - mlp + weights)
+        else:
+            peak = architecture.blocks * block + max(logits, gradients, weights)
+        return int((peak + unpacked) * ALLOCATOR_OVERHEAD[self.device])
 
     def _kept_by_a_block(self) -> int:
         """Bytes that autograd keeps of one block."""
         architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
         h, i, q = architecture.hidden_size, architecture.intermediate_size, architecture.query_size
-        # Each norm keeps its input and a number; the activation function its input, and a gate both of its factors.
-        features = 2 * h + (3 if architecture.is_gated else 1) * i
+        features = h  # each norm keeps its input, and a number
         masks = 0
         adapted = [architecture.linear[name] for name in self.adapted]
         low_rank = self.rank * len(adapted) // architecture.blocks
@@ -169,7 +174,13 @@ class Demand:
             has_mlp = any(i in shape for shape in adapted)
             features += h + q + (h + i if has_mlp else 0)
         per_token = (features + low_rank) * element + masks + 2 * 4
-        return batch.tokens * per_token + self._attention_elements() * element
+        return batch.tokens * per_token + self._kept_by_an_mlp() + self._attention_elements() * element
+
+    def _kept_by_an_mlp(self) -> int:
+        """Its norm keeps its input, the activation function its own, and a gate both of its factors."""
+        architecture = self.architecture
+        features = architecture.hidden_size + (3 if architecture.is_gated else 1) * architecture.intermediate_size
+        return self.batch.tokens * features * BYTES[self.key.dtype]
 
     def _attention_elements(self) -> int:
         """Queries, keys and values; and the outputs, or on a CPU the weights where they are written out.
@@ -213,14 +224,17 @@ class _AttentionPass:
 def cures(demand: Demand, available_bytes: int) -> list[str]:
     """Settings with which the run would fit, the mildest first; at most three.
 
-    No dropout, shorter rows, quantization that the job does not have yet, or several of these.
+    Gradient checkpointing, no dropout, shorter rows, quantization that the job does not have yet, or several of these.
     """
     demand = replace(demand, batch=BatchShape(0, (demand.batch.prefix + max(demand.batch.lengths),)))  # a row alone
     found = []
     lengths = [demand.batch.tokens, *(short for short in SHORTER_ROWS if short < demand.batch.tokens)]
     for key in _keys(demand.key):
-        for tokens, dropout in product(lengths, sorted({demand.dropout, 0.0}, reverse=True)):
-            changed = replace(demand, key=key, dropout=dropout, batch=BatchShape(0, (tokens,)))
+        dropouts = sorted({demand.dropout, 0.0}, reverse=True)
+        for tokens, dropout, again in product(lengths, dropouts, sorted({demand.gradient_checkpointing, True})):
+            changed = replace(
+                demand, key=key, dropout=dropout, batch=BatchShape(0, (tokens,)), gradient_checkpointing=again
+            )
             taken = changed.estimate().total
             if changed != demand and taken <= available_bytes:
                 found.append(f"{_difference(demand, changed)} ({gib(taken)})")
@@ -235,6 +249,8 @@ def _difference(demand: Demand, changed: Demand) -> str:
         settings.append(f"use_{changed.key.quantization}=true")
     if changed.batch != demand.batch:
         settings.append(f"max_seq_length={changed.batch.tokens}")
+    if changed.gradient_checkpointing != demand.gradient_checkpointing:
+        settings.append("gradient_checkpointing=true")
     if changed.dropout != demand.dropout:
         settings.append("lora_dropout=0")
     return " and ".join(settings)

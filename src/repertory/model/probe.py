@@ -35,6 +35,7 @@ def demand(base: Outline, config: TrainConfig, batch: BatchShape) -> Demand:
         adapted=tuple(choose_layers(base.layers, config.lora_target_modules)),
         dropout=config.lora_dropout,
         batch=batch,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
@@ -116,7 +117,7 @@ def _tried(base: Base, plan: Plan, microbatch: list[int], scratch: Adapter) -> f
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         begin = time.monotonic()
         batch = MicroBatch.of([plan.rows[at] for at in microbatch], base.device)
-        with base.passing(batch.layout, routing):
+        with base.passing(batch.layout, routing, recompute=plan.config.gradient_checkpointing):
             loss = batch.nll(base, routing).sum()
             loss.backward()  # type: ignore[no-untyped-call]
         loss.item()  # waits for the device

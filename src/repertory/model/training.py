@@ -244,7 +244,7 @@ class TrainingRun:
         for number, indices in enumerate(plan.microbatches(step)):
             batch = MicroBatch.of([plan.rows[at] for at in indices], base.device)
             torch.manual_seed(_seed_at(config.seed, step, number))  # dropout depends on the place in the plan alone
-            with base.passing(batch.layout, routing):
+            with base.passing(batch.layout, routing, recompute=config.gradient_checkpointing):
                 # Divided by all tokens of the step, so the cut into micro-batches cannot change the gradient.
                 part = batch.nll(base, routing).sum() / trained_tokens
                 part.backward()  # type: ignore[no-untyped-call]
