@@ -188,7 +188,7 @@ class RunEvent(Contract):
     preparing   the run has left the queue; data: phase
     running     training begins; data: resolved metadata (hyperparameters, counts, resumed_from_step, warnings)
     step        one optimizer step; data: step, total_steps, epoch, loss, learning_rate, grad_norm, tokens_per_second,
-                eta_seconds
+                eta_seconds, and in fp16 loss_scale
     checkpoint  data: step
     evaluating  training is over; data: phase
     heartbeat   nothing new, but alive

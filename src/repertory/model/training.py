@@ -42,6 +42,8 @@ from repertory.model.probe import does_not_fit, is_out_of_memory, probe, release
 from repertory.model.voices import METADATA
 
 REPORT = "report.json"
+LOSS_SCALE = 65536.0  # to begin with; halved where gradients overflow, doubled after this many steps in which none did:
+STEPS_TO_GROW = 200
 Story = Generator[RunEvent | None, None, None]
 
 
@@ -53,6 +55,15 @@ class TrainingRun:
         self.base = base
         self.engine = engine
         self.work = Work()
+        # fp16 rounds small gradients to zero; of a loss that is scaled up they are large enough. It does nothing in
+        # other precisions. https://arxiv.org/abs/1710.03740
+        self.scaler = torch.amp.GradScaler(
+            base.device.type,
+            init_scale=LOSS_SCALE,
+            growth_interval=STEPS_TO_GROW,
+            enabled=base.dtype is torch.float16,
+        )
+        self.overflowed: list[int] = []  # steps, once for each time that they went again with half the scale
         self._story = self._live()
 
     def step(self) -> RunEvent | None:
@@ -90,6 +101,9 @@ class TrainingRun:
         )
         if checkpoint is not None:
             checkpoint.restore(adapter, optimizer)
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(told["loss_scale"])
+                self.overflowed = told["overflowed_steps"]
         elif plan.cuts:
             yield self._keep_cuts(plan, adapter, optimizer, 0, fingerprint, told)
         done = checkpoint.step if checkpoint is not None else 0
@@ -112,11 +126,12 @@ class TrainingRun:
                     metadata["warnings"] = [*metadata["warnings"], plan.cuts[-1].warning]
                     self.work.expect(plan, step - 1, scored_tokens)
                 loss, norm = outcome
-                told["final_loss"] = loss
+                told |= {"final_loss": loss, **self._scaling}
                 told_now = self._progress(plan, step, loss, norm)
                 if step % config.logging_steps == 0 or step == config.total_steps:
-                    for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-                        board.add_scalar(f"train/{scalar}", told_now[scalar] or 0.0, step)
+                    for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_scale"):
+                        if scalar in told_now:
+                            board.add_scalar(f"train/{scalar}", told_now[scalar] or 0.0, step)
                 yield self._event("step", **told_now)
                 if config.eval_steps and step % config.eval_steps == 0 and step < config.total_steps:
                     scored = yield from self._scored(scored_rows, adapter)
@@ -153,6 +168,8 @@ class TrainingRun:
         said = [answer.response.generated_response for answer in answered]
         checks.append(certificate.does_not_recite(said, data.training_texts).or_fail())
         report["checks"] = certificate.as_report(checks)
+        if self.scaler.is_enabled():
+            metadata["overflowed_steps"] = self.overflowed
         metadata |= {"report": report, "final_loss": told["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
@@ -228,14 +245,44 @@ class TrainingRun:
         told: dict[str, Any],
     ) -> RunEvent:
         """A checkpoint before anything is computed with the new cut, so that a resume finds the same plan."""
-        told["cuts"] = [asdict(cut) for cut in plan.cuts]
+        told |= {"cuts": [asdict(cut) for cut in plan.cuts], **self._scaling}
         Checkpoint.of(adapter, optimizer, done, fingerprint, told).write(Path(self.spec.checkpoint_dir))
         return self._event("checkpoint", step=done, warnings=[plan.cuts[-1].warning])
 
     def _optimizer_step(
         self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
     ) -> Generator[None, None, tuple[float, float]]:
-        """One step over the effective batch; returns (mean NLL per trained token, gradient norm)."""
+        """One step over the effective batch; returns (mean NLL per trained token, gradient norm).
+
+        Where the gradients overflow fp16, the same rows go again with half the loss scale.
+        """
+        config, base, scaler = plan.config, self.base, self.scaler
+        while True:
+            loss = yield from self._gradients(plan, step, adapter, optimizer)
+            scale = scaler.get_scale()
+            try:
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(adapter.parameters, config.max_grad_norm).item()
+                if math.isfinite(loss) and math.isfinite(norm):
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate_at(step)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    return loss, norm
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):  # half a step may be taken, so it cannot be tried again
+                    raise does_not_fit(base, plan) from error
+                raise
+            if not (scaler.is_enabled() and math.isfinite(loss) and scale > 1):
+                raise _diverged(config, step, loss, norm, base.key.dtype)
+            scaler.update()
+            self.overflowed.append(step)
+            self.work.advance(-3 * plan.computed_tokens(step))
+
+    def _gradients(
+        self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
+    ) -> Generator[None, None, float]:
+        """Those of a step's rows, scaled, micro-batch by micro-batch; returns the mean NLL per trained token."""
         config, base = plan.config, self.base
         trained_tokens = sum(plan.rows[at].trained_tokens for at in plan.rows_of(step))
         routing = Training(adapter, config.lora_dropout)
@@ -247,26 +294,11 @@ class TrainingRun:
             with base.passing(batch.layout, routing, recompute=config.gradient_checkpointing):
                 # Divided by all tokens of the step, so the cut into micro-batches cannot change the gradient.
                 part = batch.nll(base, routing).sum() / trained_tokens
-                part.backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
             loss += part.item()
             self.work.advance(3 * batch.layout.token_count)
             yield
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters, config.max_grad_norm).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise JobFailed(
-                f"the loss became {loss} at step {step}",
-                code="diverged",
-                cure=f"Lower learning_rate (it was {config.learning_rate:g}) and start the job again.",
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        try:
-            optimizer.step()
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):  # half a step may be taken, so it cannot be tried again
-                raise does_not_fit(base, plan) from error
-            raise
-        return loss, norm
+        return loss
 
     # Proof
 
@@ -310,6 +342,13 @@ class TrainingRun:
 
     # What is told
 
+    @property
+    def _scaling(self) -> dict[str, Any]:
+        """Of the loss, where it is scaled: what a checkpoint must know."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {"loss_scale": self.scaler.state_dict(), "overflowed_steps": list(self.overflowed)}
+
     def _event(self, kind: Any, **data: Any) -> RunEvent:
         return RunEvent(kind=kind, progress=self.work.progress, data=data)
 
@@ -328,7 +367,7 @@ class TrainingRun:
             "grad_norm": norm,
             "tokens_per_second": self.work.tokens_per_second,
             "eta_seconds": self.work.eta_seconds,
-        }
+        } | ({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
 
     def _metadata(self, plan: Plan, data: TrainingData, adapter: Adapter, resumed_from: int | None) -> dict[str, Any]:
         config, key, renderer = plan.config, self.base.key, self.base.renderer
@@ -416,6 +455,14 @@ def _fingerprint(spec: RunSpec, base: Base, config: TrainConfig, data: TrainingD
     for row in (*data.training, *data.held_out):
         digest.update(repr((row.input_ids, row.labels)).encode())
     return digest.hexdigest()
+
+
+def _diverged(config: TrainConfig, step: int, loss: float, norm: float, dtype: str) -> JobFailed:
+    cure = f"Lower learning_rate (it was {config.learning_rate:g}) and start the job again."
+    if dtype == "fp16":
+        cure = f"{cure} Or set dtype=bf16 or fp32, which hold larger numbers than fp16."
+    what = f"the loss became {loss} at step {step}, with a gradient of norm {norm}"
+    return JobFailed(what, code="diverged", cure=cure)
 
 
 def _seed_at(seed: int, step: int, number: int) -> int:
