@@ -40,9 +40,10 @@ class RunningService:
         self.start()
 
     def start(self) -> None:
+        checkout = Path(__file__).parents[1]
         environment = {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": f"{checkout}:{checkout / 'src'}",  # this one, whatever is installed
             "HOST_MODULE": "repertory.service.fake_host",
             "PORT": "0",
             **self.environment,

@@ -42,7 +42,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
-    # Small caps bend the scores and logits of such a model far from where they would be without.
+    # Caps this small bend the scores and logits of such a model far from where they would be without.
+    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",
         SLIDING_THEN_FULL
@@ -54,7 +55,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         SLIDING_THEN_FULL
         | {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
     ),
+    "phi3": ("phi3", {"num_key_value_heads": 2, "sliding_window": 16}),
     "phi": ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "cohere": ("cohere", {"num_key_value_heads": 2, "logit_scale": 0.5, "tie_word_embeddings": True}),
+    "granite": (
+        "granite",
+        {"num_key_value_heads": 2, "logits_scaling": 2.0, "residual_multiplier": 0.5}
+        | {"attention_multiplier": 0.3, "embedding_multiplier": 3.0},
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
+    "starcoder2": ("starcoder2", {"num_key_value_heads": 2, "sliding_window": 16}),
     "gpt-neox": ("gpt_neox", {"rotary_pct": 0.25, "use_parallel_residual": True}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_inner": 64, "tie_word_embeddings": True}),

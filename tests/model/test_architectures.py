@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from repertory.contracts import AdapterRef, GenerateRequest, RunSpec
+from repertory import architectures
+from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
+from repertory.errors import BaseModelUnavailable
+from repertory.model import base as base_module
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, Training
 from repertory.model.microbatch import MicroBatch
 from repertory.model.voices import Voices
+from repertory.settings import Settings
 from repertory_fixtures import LoadBase, MakeSpec, rows_of, run_to_end, steps_of
 
 QUESTIONS = ["Hello!", "Tell me a joke about the weather and about music " * 2, "ok", "coffee or tea?" * 5, "home", "?"]
@@ -180,3 +185,60 @@ def adapter_made_by_peft(model: Any, base: Base, folder: Path) -> Adapter:
         for name, weight in weights.items():
             weights[name] = torch.nn.Parameter(weight.to(base.dtype))
     return adapter
+
+
+def test_every_supported_architecture_is_tested_and_no_other_is_called_supported() -> None:
+    assert {model_type for model_type, _ in tiny.FAMILIES.values()} == set(architectures.SUPPORTED)
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"architectures are supported: {', '.join(architectures.SUPPORTED.values())}." in readme.read_text()
+
+
+WINDOW = {"num_key_value_heads": 2, "sliding_window": 16}
+OTHERWISE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "recurrent": ("rwkv", {}, "attribute"),
+    "state space": ("mamba", {"state_size": 4}, "attribute"),
+    "some blocks without attention": ("qwen3_next", {}, "have no attention"),
+    "attention of its own": ("bloom", {}, "have no attention"),
+    "attention that cannot be exchanged": ("falcon", {}, "cannot be exchanged"),
+    "attention sinks": ("gpt_oss", {"num_key_value_heads": 2}, "s_aux"),
+    "later tokens are seen": ("bert", {}, "mask of block 0"),
+    "a window in the mask alone": ("phimoe", WINDOW, "mask of block 0"),
+    "a window in some masks alone": (
+        "qwen2_moe",
+        WINDOW | {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
+        "mask of block 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_what_computes_otherwise_is_refused_when_it_is_loaded(tmp_path: Path, kind: str) -> None:
+    """The operator may try any base model as the default; then loading it is the test."""
+    model_type, more, reason = OTHERWISE[kind]
+    config = AutoConfig.for_model(model_type, **tiny.SIZES | more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tried")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "tried")
+    with pytest.raises(BaseModelUnavailable, match=reason) as refused:
+        loaded("tried", Settings(_env_file=None, model_cache_dir=tmp_path, default_base_model="tried"))
+    assert refused.value.code == "unsupported_architecture"
+    assert "Mixtral" in refused.value.cure
+
+
+def test_what_is_not_on_the_list_is_refused_by_the_host_too(tmp_path: Path) -> None:
+    """Where the service could not tell: the config came with the download."""
+    for name, config in {
+        "mamba": {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+        "classifier": {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "model.safetensors").touch()
+        with pytest.raises(BaseModelUnavailable) as refused:
+            loaded(name, Settings(_env_file=None, model_cache_dir=tmp_path))
+        assert refused.value.code == "unsupported_architecture"
+        assert all(supported in refused.value.cure for supported in architectures.SUPPORTED.values())
+
+
+def loaded(name: str, settings: Settings) -> Base:
+    key = BaseKey(base_model=name, quantization="none", dtype="fp32")
+    return base_module.load(name, settings, base_module.detect_device(), key, lambda phase: None)

@@ -38,7 +38,7 @@ def plain_nll(base: Base, row: Row, adapter: Adapter, attention: str) -> torch.T
 
 
 # Their norms or routers round to fp32 whatever they are given.
-ROUND_TO_FP32 = ("gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe")
+ROUND_TO_FP32 = ("gemma", "gemma2", "gemma3", "cohere", "olmo2", "mixtral", "qwen2-moe", "qwen3-moe")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

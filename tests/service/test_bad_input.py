@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from repertory import architectures
 from running_service import CONVERSATION, RunningService
 
 START = {"org_id": "bad", "conversations": [CONVERSATION]}
@@ -105,7 +106,7 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": [conversation(message(content=[{"type": "text", "text": "Hi"}]))]},
         "conversations[0].messages[0].content",
     ),
-    "74 extra key": ({"conversations": [conversation(message(weight=1))]}, "conversations[0].messages[0].weight"),
+    "74 extra key": ({"conversations": [conversation(message(mood="sad"))]}, "conversations[0].messages[0].mood"),
     "78 year 40000": ({"conversations": [conversation(timestamp="40000-01-01")]}, "conversations[0].timestamp"),
     "79 blank system prompt": ({"system_prompt": " "}, "system_prompt"),
     "epochs twice": ({"num_epochs": 2, "hyperparameters": {"num_train_epochs": 3}}, ""),
@@ -125,6 +126,43 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "88 empty": ({"base_model": ""}, "base_model"),
     "88 long": ({"base_model": "a" * 257}, "base_model"),
 }
+
+
+UNSUPPORTED = {
+    "encoder-decoder": {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+    "not causal": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    "state space": {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+    "no attention interface": {"model_type": "bloom", "architectures": ["BloomForCausalLM"]},
+    "sees pictures": {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+    "classifier": {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+    "nonsense": {"model_type": ["llama"], "architectures": "LlamaForCausalLM"},
+    "no type": {},
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+@pytest.mark.parametrize("call", ["start", "estimate"])
+def test_an_unsupported_architecture_is_refused_with_the_list_of_what_is_supported(
+    service: RunningService, case: str, call: str
+) -> None:
+    folder = service.folder / "models" / "cache" / "unsupported" / case.replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(UNSUPPORTED[case]))
+    body = START | {"org_id": "unsupported", "base_model": f"unsupported/{folder.name}"}
+    answer = service.client.post(f"/training/{call}", json=body)
+    assert answer.status_code == 422
+    error = error_of(answer)
+    assert error["code"] == "unsupported_architecture"
+    assert error["param"] == "base_model"
+    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
+    assert service.client.get("/training/jobs/unsupported").json() == {"jobs": []}
+
+
+def test_a_supported_architecture_is_accepted(service: RunningService) -> None:
+    folder = service.folder / "models" / "cache" / "supported" / "llama"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    service.train("supported", base_model="supported/llama")
 
 
 @pytest.mark.parametrize("case", STARTS)

@@ -13,7 +13,7 @@ Shapes: H query heads, G key/value heads, D head size, P prefix tokens, R rows, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "repertory"
@@ -68,15 +69,20 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    # What says nothing about the weights. Anything else is a kind of attention that is not known here, and a TypeError.
+    position_ids: Tensor | None = None,
+    use_cache: bool = False,
+    is_causal: bool | None = None,
 ) -> tuple[Tensor, None]:
     """The function that the model's attention layers call. Returns (1, N, H, D)."""
     assert _layout is not None, "a forward pass outside layout_in_force"
+    if attention_mask is not None or dropout or is_causal is False:
+        raise TypeError("attention with a mask of its own, with dropout or to later tokens")
     how = Scoring(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
     )
@@ -85,6 +91,59 @@ def packed_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
+
+
+def check_masks(model: Any, positions: int) -> None:
+    """Compare the masks that the model makes with what its layers tell `packed_attention`, up to its last position.
+
+    Here no mask is ever made, so a family that keeps a window or chunks in its masks alone would be wrong on long rows,
+    which no comparison of short ones finds. Raises TypeError where they differ, or where a block has no attention.
+    """
+    check = _MaskCheck(positions)
+    ALL_ATTENTION_FUNCTIONS.register(_CHECKING, check.attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_CHECKING, check.mask)
+    model.set_attn_implementation(_CHECKING)
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    if without := sorted(set(range(model.config.num_hidden_layers)) - check.layers):
+        raise TypeError(f"the blocks {without} have no attention, or their own")
+
+
+_CHECKING = "repertory-checking"
+
+
+class _MaskCheck:
+    """Two functions for transformers' interfaces: one tells what a mask shows, the other compares it."""
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.layers: set[int] = set()  # that were compared
+
+    def mask(self, *, mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
+        """(2, positions): which tokens the last two see. A window shows both as many, a chunk does not."""
+        at = torch.arange(self.positions, device=device)
+        first = at.new_zeros(1, 1, 1, 1)  # of the batch, and of the heads
+        shown = mask_function(first, first, at[-2:, None][None, None], at[None, None, None])
+        return shown.expand(1, 1, 2, self.positions)[0, 0]
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        told = causal_mask(2, self.positions, sliding_window, query.device)
+        if attention_mask is None or not torch.equal(attention_mask, told):
+            raise TypeError(f"the mask of block {layer} is not the one that its attention tells")
+        self.layers.add(layer)
+        return query.transpose(1, 2), None
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from repertory import architectures
 from repertory.contracts import BaseKey, Device
 from repertory.data.render import Renderer
 from repertory.errors import BaseModelUnavailable, InsufficientMemory
-from repertory.model.attention import ATTENTION, CachedRows, KVCache, Layout, PackedRows, layout_in_force
+from repertory.model.attention import (
+    ATTENTION,
+    CachedRows,
+    KVCache,
+    Layout,
+    PackedRows,
+    check_masks,
+    layout_in_force,
+)
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
@@ -31,7 +40,6 @@ from repertory.settings import Settings
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_TOKENS = 32
 PADDING = 32
-TESTED = "Llama, Mistral and Qwen2"
 
 
 def detect_device() -> Device:
@@ -159,6 +167,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     Raises BaseModelUnavailable or InsufficientMemory.
     """
     folder = locate(name, settings, say)
+    check_supported(name, folder, settings)
     say(f"loading {name} ({_precision(key)}) on {device.name}")
     _check_memory(folder, key, device, settings)
     torch_device = _torch_device(device)
@@ -178,7 +187,9 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+        if str(error) == repr(ATTENTION):  # a table of attention classes, as older families have it
+            raise _unsupported(name, "its attention cannot be exchanged") from error
         raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
     model.requires_grad_(False)
     model.eval()
@@ -256,13 +267,20 @@ def outline(folder: Path, key: BaseKey, device: Device) -> Outline:
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
     _, blocks, prefix = _parts(model, name)
-    return Outline(
+    outlined = Outline(
         key=key,
         device=_torch_device(device),
         model=model,
         layers=wrap_linear_layers(blocks, prefix, Router()),
         max_positions=_max_positions(config),
     )
+    try:
+        has_blocks = bool(outlined.architecture.linear)
+    except AttributeError as error:  # no heads, say
+        raise _unsupported(name, _first_line(error)) from error
+    if not has_blocks:
+        raise _unsupported(name, "its blocks have no linear layers outside of experts")
+    return outlined
 
 
 def _torch_device(device: Device) -> torch.device:
@@ -313,11 +331,17 @@ def _parts(model: Any, name: str) -> tuple[nn.Module, nn.ModuleList, str]:
     raise _unsupported(name, "its blocks were not found")
 
 
+def check_supported(name: str, folder: Path, settings: Settings) -> None:
+    """Raises BaseModelUnavailable where config.json tells already that loading it would be in vain."""
+    if problem := architectures.problem_with(name, folder, settings):
+        raise BaseModelUnavailable(problem, code=architectures.CODE, cure=architectures.CURE)
+
+
 def _unsupported(name: str, why: str) -> BaseModelUnavailable:
     return BaseModelUnavailable(
         f"the architecture of {name} is not supported: {why}",
-        code="unsupported_architecture",
-        cure=f"Choose a base model of one of the tested families: {TESTED}.",
+        code=architectures.CODE,
+        cure=architectures.CURE,
     )
 
 
@@ -325,22 +349,22 @@ def _unsupported(name: str, why: str) -> BaseModelUnavailable:
 def _check_forward(base: Base, name: str) -> None:
     """Compare our packed and cached forward passes with the model's own: whoever computes otherwise is refused here.
 
-    Two rows of 12 tokens share a prefix of 8; the second one's last token is then decoded from the cache. A family
-    with another kind of attention would be wrong in every reply, silently.
+    First who sees whom at the end of the longest rows. Then the logits: two rows of 12 tokens share a prefix of 8; the
+    second one's last token is then decoded from the cache. A family with another kind of attention would be wrong in
+    every reply, silently.
     """
     vocabulary = int(base.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     ids = torch.randint(0, vocabulary, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
     row = torch.cat((ids[:8], ids[12:]))
-    base.model.set_attn_implementation("eager")  # type: ignore[operator]
-    try:
-        expected = base.model(input_ids=row[None], use_cache=False).logits[0, -1].float()
-    finally:
-        base.model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
     packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
     cache = base.kv_cache()
     first = CachedRows(cache=cache, pasts=(), chunk=(0, 11), device=base.device)
     last = CachedRows(cache=cache, pasts=(11,), chunk=None, device=base.device)
     try:
+        check_masks(base.model, base.max_positions)
+        base.model.set_attn_implementation("eager")  # type: ignore[operator]
+        expected = base.model(input_ids=row[None], use_cache=False).logits[0, -1].float()
+        base.model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         with base.passing(packed, None):
             from_packed = base.logits(base.hidden(ids, packed.positions)[-1:])[0]
         with base.passing(first, None):

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 # Families that normalise in fp32, cast back and multiply by the weight. Gemma multiplies by 1 + weight, before casting.
-REPLACED = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+REPLACED = tuple(
+    f"{family}RMSNorm"
+    for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Phi3", "Granite")
+)
 
 
 def replace_rms_norms(model: nn.Module) -> None:

@@ -1,10 +1,13 @@
-"""Which base models a caller may name: those of the hub or the cache by name, and nothing outside the cache by path."""
+"""Which base models a caller may name: those of the hub or the cache by name, nothing outside the cache by path, and
+none of an architecture that is known not to be supported.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from repertory import architectures
 from repertory.errors import InvalidInput
 from repertory.settings import Settings
 
@@ -30,6 +33,15 @@ def allowed_base_model(asked: str, settings: Settings) -> str:
         " MODEL_CACHE_DIR and use its name there. Leave base_model out for the default.",
         param="base_model",
     )
+
+
+def check_architecture(name: str, settings: Settings) -> None:
+    """Of a base model whose folder is here; what must first be downloaded is for its host to check.
+
+    Raises InvalidInput.
+    """
+    if problem := architectures.problem_with(name, settings.model_cache_dir / name, settings):
+        raise InvalidInput(problem, code=architectures.CODE, cure=architectures.CURE, param="base_model")
 
 
 def _name_inside(cache: Path, asked: str) -> str | None:

@@ -24,7 +24,7 @@ from repertory.service.api.schemas import (
     TrainingStarted,
     TrainingStatus,
 )
-from repertory.service.base_model import allowed_base_model
+from repertory.service.base_model import allowed_base_model, check_architecture
 from repertory.service.jobs import FEW_CONVERSATIONS, Job, JobConfig, Status, Submission, request_hash
 from repertory.service.models import BASE
 from repertory.settings import Settings
@@ -142,6 +142,7 @@ def _submission(body: StartTraining, settings: Settings, idempotency_key: str | 
     base_model = settings.default_base_model
     if body.base_model is not None:
         base_model = allowed_base_model(body.base_model, settings)
+        check_architecture(base_model, settings)
     split = settings.validation_split if body.validation_split is None else body.validation_split
     metadata: dict[str, Any] = {
         "base_model": base_model,
