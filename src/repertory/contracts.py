@@ -21,12 +21,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from repertory.data.conversations import Conversation, Message
-from repertory.errors import ErrorInfo
+from repertory.errors import ErrorInfo, InvalidInput
 
 BUNDLED_MODEL = "bundled/SmolLM2-135M-Instruct"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Quantization = Literal["none", "8bit", "4bit"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 OrgId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -44,6 +45,7 @@ class Hyperparameters(Contract):
     batch_size: int | None = Field(None, ge=1, le=4096)  # with the next: rows of one optimizer step
     gradient_accumulation_steps: int | None = Field(None, ge=1, le=4096)
     gradient_checkpointing: bool | None = None
+    optimizer: OptimizerName | None = None
     learning_rate: float | None = Field(None, gt=0, le=1)
     num_train_epochs: int | None = Field(None, ge=1, le=100)
     max_seq_length: int | None = Field(None, ge=8)  # tokens
@@ -63,6 +65,16 @@ class Hyperparameters(Contract):
         if self.use_4bit and self.use_8bit:
             raise ValueError("use_4bit and use_8bit are both true; choose one of them, or neither for no quantization")
         return self
+
+    def check_device(self, kind: str) -> None:
+        """Raises InvalidInput where a device of this kind (cpu or cuda) cannot do what is asked for."""
+        if kind == "cpu" and self.optimizer == "paged_adamw_8bit":
+            raise InvalidInput(
+                "paged_adamw_8bit moves the optimizer's state between a card and the host, and here is no card",
+                code="unsupported_optimizer",
+                cure="Use adamw_8bit, or leave optimizer out.",
+                param="hyperparameters.optimizer",
+            )
 
     def over(self, defaults: Hyperparameters) -> Hyperparameters:
         """These values, and where unset those of `defaults`. Asking for one quantization overrules the other."""

@@ -57,6 +57,8 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "33 no epochs": ({"num_epochs": 0}, "num_epochs"),
     "33 endless epochs": ({"num_epochs": 101}, "num_epochs"),
     "34 batch 0": ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size"),
+    "paged on a CPU": ({"hyperparameters": {"optimizer": "paged_adamw_8bit"}}, "hyperparameters.optimizer"),
+    "no such optimizer": ({"hyperparameters": {"optimizer": "sgd"}}, "hyperparameters.optimizer"),
     "35 split 1": ({"validation_split": 1}, "validation_split"),
     "35 split negative": ({"validation_split": -0.1}, "validation_split"),
     "36 length 0": ({"hyperparameters": {"max_seq_length": 0}}, "hyperparameters.max_seq_length"),

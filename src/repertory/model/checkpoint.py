@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repertory.manifest import MANIFEST, sync_folder, verify, write_durably, write_manifest
 from repertory.model.lora import Adapter
+from repertory.model.optimizer import restore_state, state_of
 
 KEPT = 2
 TENSORS = "tensors.safetensors"
@@ -38,7 +39,7 @@ class Checkpoint:
     ) -> Checkpoint:
         tensors = dict(_named(adapter))
         for name, parameter in _named(adapter).items():
-            for moment, value in optimizer.state[parameter].items():
+            for moment, value in state_of(optimizer, parameter).items():
                 tensors[f"{name}|{moment}"] = value
         return Checkpoint(step, fingerprint, story, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
 
@@ -46,11 +47,10 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in _named(adapter).items():
                 parameter.copy_(self.tensors[name])
-                optimizer.state[parameter] = {
-                    key.partition("|")[2]: _placed(tensor, key, parameter)
-                    for key, tensor in self.tensors.items()
-                    if key.partition("|")[0] == name and "|" in key
+                moments = {
+                    key.partition("|")[2]: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}|")
                 }
+                restore_state(optimizer, parameter, moments)
 
     def write(self, folder: Path) -> None:
         """Add this checkpoint to `folder` durably, and let go of those before the last two."""
@@ -83,11 +83,6 @@ class Checkpoint:
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
     return {f"A.{n}": p for n, p in adapter.A.items()} | {f"B.{n}": p for n, p in adapter.B.items()}
-
-
-def _placed(tensor: Tensor, key: str, parameter: Tensor) -> Tensor:
-    """AdamW keeps its step count on the CPU and its moments beside the parameter."""
-    return tensor if key.endswith("|step") else tensor.to(parameter.device)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -6,7 +6,7 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
-from repertory.contracts import Hyperparameters
+from repertory.contracts import Hyperparameters, OptimizerName
 from repertory.errors import InvalidInput
 from repertory.model.base import Outline
 from repertory.model.lora import choose_layers
@@ -27,6 +27,7 @@ class TrainConfig(BaseModel):
     effective_batch_rows: int  # rows of one optimizer step: an invariant, however many go through one forward
     suffix_tokens: int  # tokens after the shared prefix of one forward
     gradient_checkpointing: bool = False
+    optimizer: OptimizerName = "adamw"
     learning_rate: float
     num_train_epochs: int
     max_seq_length: int  # tokens of a row
@@ -66,6 +67,7 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
 
     Raises InvalidInput where a value does not fit the base model.
     """
+    asked.check_device(base.device.type)
     hidden_size = int(base.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     if asked.lora_r is not None and asked.lora_r > hidden_size:
         raise InvalidInput(
@@ -86,6 +88,7 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
         lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in chosen}),
         effective_batch_rows=batch,
         suffix_tokens=_suffix_tokens(asked, base, prefix),
+        optimizer=asked.optimizer or "adamw",
         gradient_checkpointing=_or(asked.gradient_checkpointing, base.device.type == "cuda"),
         learning_rate=asked.learning_rate or _learning_rate(base.parameter_count),
         num_train_epochs=epochs,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from repertory.contracts import BaseKey
+from repertory.contracts import BaseKey, OptimizerName
 from repertory.model.attention import MOST_WRITTEN_OUT
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -29,6 +29,7 @@ BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and t
 # What glibc takes from the system for what torch allocates: freed blocks that nothing later fits into. Measured, see
 # above. torch's own allocator on CUDA rounds little.
 ALLOCATOR_OVERHEAD = {"cpu": 1.4, "cuda": 1.0}
+LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller tensors in fp32
 GIB = 2**30
 SHORTER_ROWS = (1024, 512, 256)  # tokens: what is advised where a row does not fit
 
@@ -96,7 +97,7 @@ class Estimate:
     base: int
     adapter: int  # fp32, which are the master weights too; and the copy in the base's precision that a pass keeps
     gradients: int
-    optimizer: int  # two fp32 moments of AdamW
+    optimizer: int  # two moments of AdamW, paged ones too: they leave the device only when it is full
     activations: int  # the most that one forward and backward holds beside all that
 
     @property
@@ -120,6 +121,7 @@ class Demand:
     adapted: tuple[str, ...]  # names of linear layers
     dropout: float
     batch: BatchShape  # the largest micro-batch
+    optimizer: OptimizerName = "adamw"
     gradient_checkpointing: bool = False  # keep the blocks' inputs alone, and compute the rest again going back
 
     def estimate(self) -> Estimate:
@@ -130,9 +132,18 @@ class Demand:
             base=architecture.base_bytes(self.key),
             adapter=weights * (4 + (element if element < 4 and not self.gradient_checkpointing else 0)),
             gradients=4 * weights,
-            optimizer=8 * weights,
+            optimizer=sum(
+                self._moments_of(features) for name in self.adapted for features in architecture.linear[name]
+            ),
             activations=self.activations,
         )
+
+    def _moments_of(self, features: int) -> int:
+        """Bytes of two moments of a matrix (rank, features): fp32, or a byte each and an fp32 scale per 256 of them."""
+        weights = self.rank * features
+        if self.optimizer == "adamw" or weights < LEAST_8BIT:
+            return 8 * weights
+        return 2 * weights + 2 * 4 * -(-weights // 256)
 
     @property
     def activations(self) -> int:

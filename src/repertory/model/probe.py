@@ -19,6 +19,7 @@ from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, Training, choose_layers
 from repertory.model.memory import BatchShape, Demand, cures, gib
 from repertory.model.microbatch import MicroBatch
+from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Plan
 
 # How allocators say it: torch's for CUDA and for CPU, and cuBLAS for its workspace.
@@ -36,6 +37,7 @@ def demand(base: Outline, config: TrainConfig, batch: BatchShape) -> Demand:
         dropout=config.lora_dropout,
         batch=batch,
         gradient_checkpointing=config.gradient_checkpointing,
+        optimizer=config.optimizer,
     )
 
 
@@ -109,7 +111,7 @@ def does_not_fit(base: Base, plan: Plan) -> InsufficientMemory:
 
 def _tried(base: Base, plan: Plan, microbatch: list[int], scratch: Adapter) -> float:
     """Forward and backward with the optimizer's state in memory. Returns the rate of `plan.Work`."""
-    optimizer = torch.optim.AdamW(scratch.parameters)
+    optimizer = new_optimizer(plan.config, scratch.parameters)
     for parameter in scratch.parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # it allocates its state at the first step

@@ -37,6 +37,7 @@ from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix
+from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Cut, Plan, Work
 from repertory.model.probe import does_not_fit, is_out_of_memory, probe, release
 from repertory.model.voices import METADATA
@@ -96,9 +97,7 @@ class TrainingRun:
             told["rate"] = yield from probe(base, plan, self._fresh_adapter(config))
         self.work.assume(told.get("rate"))
         adapter = self._fresh_adapter(config)
-        optimizer = torch.optim.AdamW(
-            adapter.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        optimizer = new_optimizer(config, adapter.parameters)
         if checkpoint is not None:
             checkpoint.restore(adapter, optimizer)
             if self.scaler.is_enabled():

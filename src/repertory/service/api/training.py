@@ -9,7 +9,7 @@ import anyio
 from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest
+from repertory.contracts import Device, Estimate, EstimateRequest, EvaluateRequest
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
@@ -48,7 +48,7 @@ def start(
             cure="Use a UUID.",
             param="Idempotency-Key",
         )
-    accepted = service.jobs.submit(_submission(body, service.settings, idempotency_key))
+    accepted = service.jobs.submit(_submission(body, service.settings, service.hosts.device, idempotency_key))
     service.dispatcher.wake()
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -60,7 +60,7 @@ def start(
 @router.post("/estimate")
 async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(body_of(StartTraining))]) -> Estimate:
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
-    submission = await run_in_threadpool(_submission, body, service.settings, None)
+    submission = await run_in_threadpool(_submission, body, service.settings, service.hosts.device, None)
     config = submission.config
     try:
         key = service.hosts.key(submission.base_model, config.hyperparameters)
@@ -130,7 +130,9 @@ async def evaluate(
     return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
 
 
-def _submission(body: StartTraining, settings: Settings, idempotency_key: str | None) -> Submission:
+def _submission(
+    body: StartTraining, settings: Settings, device: Device | None, idempotency_key: str | None
+) -> Submission:
     sent = len(body.conversations)
     if sent < settings.min_training_samples:
         raise InvalidInput(
@@ -157,8 +159,11 @@ def _submission(body: StartTraining, settings: Settings, idempotency_key: str | 
         metadata["warnings"].append(
             f"Only {sent} of the {FEW_CONVERSATIONS} or more conversations that it usually takes to catch a voice."
         )
+    hyperparameters = body.requested.over(settings.hyperparameters)
+    if device is not None:  # as long as the first host has not told, the run itself will refuse what cannot be done
+        hyperparameters.check_device(device.kind)
     config = JobConfig(
-        hyperparameters=body.requested.over(settings.hyperparameters),
+        hyperparameters=hyperparameters,
         validation_split=split,
         system_prompt=body.system_prompt,
     )
