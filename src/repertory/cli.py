@@ -6,11 +6,14 @@ unreachable, 1 anything else.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from repertory.errors import RepertoryError
 from repertory.settings import Settings, settings
@@ -50,6 +53,30 @@ def demo(
     except RepertoryError as error:
         complain(error)
         raise typer.Exit(demonstration.exit_code(error)) from None
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of coloured lines.")] = False,
+) -> None:
+    """Look at everything the service needs of this machine; each line green, yellow or red with its cure.
+
+    The exit code is 1 when a line is red.
+    """
+    from repertory import doctor as medicine
+
+    findings = []
+    console = Console(highlight=False)
+    for finding in medicine.examine():
+        findings.append(finding)
+        if not as_json:
+            mark = f"[{finding.state}]{finding.state:<6}[/]"
+            console.print(f"{mark}  {finding.about:<13}  {escape(finding.message)}", soft_wrap=True)
+            if finding.cure is not None:
+                console.print(f"{'':23}Cure: {escape(finding.cure)}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
+    raise typer.Exit(any(finding.state == "red" for finding in findings))
 
 
 def machine_settings() -> Settings:

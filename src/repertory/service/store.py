@@ -173,17 +173,15 @@ class Store:
 
         Raises Conflict if a newer version of the program has written the schema.
         """
-        config = Config()
-        config.set_main_option("script_location", "repertory.service:migrations")
-        script = ScriptDirectory.from_config(config)
-        known = {revision.revision for revision in script.walk_revisions()}
+        config = _migrations()
+        newest, *older = known_schemas()
         with self.write() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(8300)"))
             present = MigrationContext.configure(connection).get_current_revision()
-            if present == script.get_current_head():
+            if present == newest:
                 return
-            if present is not None and present not in known:
+            if present is not None and present not in older:
                 raise Conflict(
                     f"The database has schema {present}, which this version of Repertory does not know.",
                     code="schema_too_new",
@@ -196,6 +194,17 @@ class Store:
         self._engine.dispose()
         if self._lock_file is not None:
             self._lock_file.close()
+
+
+def known_schemas() -> list[str]:
+    """Every version of the schema that this program can read, newest first."""
+    return [revision.revision for revision in ScriptDirectory.from_config(_migrations()).walk_revisions()]
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "repertory.service:migrations")
+    return config
 
 
 def _hold_alone(path: Path) -> TextIO:
