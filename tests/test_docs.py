@@ -17,10 +17,24 @@ SETTINGS = sorted(name.upper() for name in Settings.model_fields)
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
+def absences(name: str, example: str, readme: str) -> list[str]:
+    """Where the setting is missing."""
+    found = []
+    if not re.search(rf"^(# )?{name}=", example, re.MULTILINE):
+        found.append(".env.example")
+    if not re.search(rf"^\| `{name}` \|", readme, re.MULTILINE):
+        found.append("the settings table of the README")
+    return found
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_in_the_example_and_in_the_readme(name: str) -> None:
-    assert re.search(rf"^(# )?{name}=", ENV_EXAMPLE.read_text(), re.MULTILINE), f"{name} is missing from .env.example"
-    assert f"| `{name}` |" in README.read_text(), f"{name} is missing from the settings table of the README"
+    example, readme = ENV_EXAMPLE.read_text(), README.read_text()
+    assert absences(name, example, readme) == []
+    without = re.sub(rf"^(# )?{name}=.*\n", "", example, flags=re.MULTILINE)
+    assert absences(name, without, readme) == [".env.example"]
+    without = re.sub(rf"^\| `{name}` \|.*\n", "", readme, flags=re.MULTILINE)
+    assert absences(name, example, without) == ["the settings table of the README"]
 
 
 def test_the_example_and_the_readme_name_nothing_but_settings() -> None:

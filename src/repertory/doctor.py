@@ -54,6 +54,7 @@ NETWORK_FILE_SYSTEMS = re.compile(
 )
 DIAGNOSIS_SECONDS = 120.0  # torch from a cold disk
 HUB_SECONDS = 5.0
+BUSY_SECONDS = 5.0  # that a writer may hold the database
 
 State = Literal["green", "yellow", "red"]
 
@@ -392,7 +393,7 @@ def database(database_url: str, mounts: Path = Path("/proc/mounts")) -> Finding:
 
 
 def _present_database(path: Path) -> Finding:
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=5, isolation_level=None)
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         [problem] = connection.execute("PRAGMA quick_check(1)").fetchone()
         if problem != "ok":
