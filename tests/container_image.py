@@ -210,7 +210,9 @@ class Image:
 
     def _enter(self, argv: list[str], environment: dict[str, str]) -> str:
         root = self.stage.root
-        cache = subprocess.run(["pip", "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip()
+        cache = subprocess.run(
+            [sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         binds = [_binds(root)]
         if Path(cache).is_dir():
             (root / "root/.cache/pip").mkdir(parents=True, exist_ok=True)
@@ -249,7 +251,9 @@ class Container:
 
 def _machine_paths() -> list[Path]:
     """What the base image cannot have: this machine's Python, and where its pip finds packages on disk."""
-    config = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    config = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     named = {Path(path) for path in re.findall(r"(/(?!/)[^\s']+)", config.replace("://", ":"))}
     folders = {path for path in named if path.is_dir()} | {Path(sys.base_prefix)}
     return sorted(path for path in folders if not path.is_relative_to("/usr") and not path.is_relative_to("/etc"))
