@@ -139,7 +139,7 @@ def trl(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
     rows = rendered(ours, work)
     held_out = rows[-len(rows) // 6 :] if args.steps == 0 else []
     trained = rows[: len(rows) - len(held_out)]
-    folder = locate(BUNDLED_MODEL, settings(), lambda phase: None)
+    folder = locate(BaseKey.resolve(BUNDLED_MODEL, Hyperparameters(), base_module.detect_device()), settings()).folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base_module.DTYPES[args.dtype])
     idle = peak_bytes()
     ends: list[float] = []

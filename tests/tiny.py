@@ -109,7 +109,9 @@ def make_metaspace_tokenizer(template: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(folder: Path, family: str, template: str | None = CHATML, seed: int = 0) -> Path:
+def make_model(
+    folder: Path, family: str, template: str | None = CHATML, seed: int = 0, max_shard_size: str = "5GB"
+) -> Path:
     """A checkpoint folder of `family` with random weights that make sharp, varied predictions."""
     model_type, more = FAMILIES[family]
     torch.manual_seed(seed)
@@ -118,6 +120,6 @@ def make_model(folder: Path, family: str, template: str | None = CHATML, seed: i
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)  # fresh weights are so small that all tokens look alike
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer(template).save_pretrained(folder)
     return folder

@@ -100,13 +100,16 @@ class BaseKey(Contract):
     """One base model as a host holds it. An adapter is served only on the key it was trained on."""
 
     base_model: str
-    revision: str | None = None
+    revision: str | None = None  # of one from the hub: the commit, once it is known; before, what was asked for
     quantization: Quantization
     dtype: Dtype
 
     @staticmethod
     def resolve(base_model: str, hyperparameters: Hyperparameters, device: Device) -> BaseKey:
-        """Where nothing is set: NF4 on CUDA and no quantization on a CPU; bf16 where the device has it."""
+        """Where nothing is set: NF4 on CUDA and no quantization on a CPU; bf16 where the device has it.
+
+        `base_model` may carry a revision: `owner/name@revision`.
+        """
         quantization: Quantization = "none"
         if hyperparameters.use_8bit:
             quantization = "8bit"
@@ -119,14 +122,38 @@ class BaseKey(Contract):
             dtype = "bf16"
         else:
             dtype = "fp16" if device.kind == "cuda" else "fp32"
-        return BaseKey(base_model=base_model, quantization=quantization, dtype=dtype)
+        name, _, revision = base_model.partition("@")
+        return BaseKey(base_model=name, revision=revision or None, quantization=quantization, dtype=dtype)
+
+    @property
+    def name(self) -> str:
+        """As it is asked for: `owner/name@revision`."""
+        return self.base_model if self.revision is None else f"{self.base_model}@{self.revision}"
+
+
+class Download(Contract):
+    """How far a download has come."""
+
+    revision: str  # the commit that is downloaded
+    bytes_done: int
+    bytes_total: int
+    bytes_per_second: float
+    eta_seconds: float | None  # None: nothing came yet
+
+    @property
+    def percent(self) -> int:
+        return 100 if not self.bytes_total else int(100 * self.bytes_done / self.bytes_total)
+
+    def __str__(self) -> str:
+        return f"{self.bytes_done / 1e6:.0f} of {self.bytes_total / 1e6:.0f} MB, {self.percent}%"
 
 
 class HostHealth(Contract):
     state: Literal["loading", "ready", "failed"]
     phase: str = ""  # while loading: what is going on, for people
     device: Device | None = None  # known soon after the start, before the base model is loaded
-    key: BaseKey | None = None
+    key: BaseKey | None = None  # with the commit, as soon as it is known
+    download: Download | None = None  # while the base model is being downloaded
     error: ErrorInfo | None = None  # set when failed
     adapters: list[str] = []  # training ids of the adapters in memory
     running: int = 0  # sequences being decoded

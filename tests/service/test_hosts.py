@@ -161,7 +161,7 @@ def test_the_one_idle_for_longest_goes_and_the_default_last(hosts: Hosts) -> Non
         hosts.release(acquired(hosts, base_model))
     with hosts._changed:  # as if a large one had asked for room
         candidate = next(host for host in hosts.all() if host.base_model == "fake/b")
-        asking = Host(name="asking", base_model="x", is_default=False, socket=candidate.socket, key=None)
+        asking = Host(name="asking", base_model="x", is_default=False, socket=candidate.socket, asked=None, key=None)
         assert hosts._await_victim(asking) is candidate
 
 

@@ -34,7 +34,7 @@ from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
 from repertory.model.rmsnorm import replace_rms_norms
-from repertory.model.weights import locate, weights_fingerprint
+from repertory.model.weights import fingerprint, locate
 from repertory.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -166,7 +166,8 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
 
     Raises BaseModelUnavailable or InsufficientMemory.
     """
-    folder = locate(name, settings, say)
+    located = locate(key, settings, say)
+    folder, key = located.folder, located.key
     check_supported(name, folder, settings)
     say(f"loading {name} ({_precision(key)}) on {device.name}")
     _check_memory(folder, key, device, settings)
@@ -215,7 +216,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         recomputation=Recomputation(blocks),
         renderer=Renderer(tokenizer),
         max_positions=_max_positions(model.config),
-        fingerprint=weights_fingerprint(folder),
+        fingerprint=fingerprint(folder),
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         memory_limit_bytes=limit,
     )

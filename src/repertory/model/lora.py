@@ -142,6 +142,7 @@ class LoraConfig:
     alpha: float
     dropout: float
     target_modules: list[str]  # short names: q_proj, ...
+    revision: str | None = None  # of the base model: the commit on the hub
     fan_in_fan_out: bool = False  # Conv1D layers
 
     @property
@@ -202,6 +203,7 @@ class Adapter:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.config.base_model,
+            "revision": self.config.revision,
             "r": self.config.rank,
             "lora_alpha": self.config.alpha,
             "lora_dropout": self.config.dropout,
@@ -260,6 +262,7 @@ def _plain_lora(described: dict[str, object], name: str) -> LoraConfig:
         targets = described["target_modules"]
         return LoraConfig(
             base_model=str(described["base_model_name_or_path"]),
+            revision=None if described.get("revision") is None else str(described["revision"]),
             rank=int(described["r"]),  # type: ignore[call-overload]
             alpha=float(described["lora_alpha"]),  # type: ignore[arg-type]
             dropout=float(described.get("lora_dropout") or 0.0),  # type: ignore[arg-type]

@@ -205,7 +205,8 @@ class TrainingRun:
 
     def _fresh_adapter(self, config: TrainConfig) -> Adapter:
         described = LoraConfig(
-            base_model=self.spec.base_model,
+            base_model=self.base.key.base_model,
+            revision=self.base.key.revision,
             rank=config.lora_r,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,

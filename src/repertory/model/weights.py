@@ -1,56 +1,92 @@
-"""The files of base models: where each lies in the model cache, and how it gets there. No torch."""
+"""The files of base models: from a key to a folder that is whole, holds safetensors and nothing that leads out of it.
+
+Folders are hostile until they are checked: whoever published a model chose every byte of it. No torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from repertory.contracts import BUNDLED_MODEL
+from safetensors import SafetensorError, safe_open
+
+from repertory.catalogue import HUB_NAME, Catalogue
+from repertory.contracts import BUNDLED_MODEL, BaseKey, Download
 from repertory.errors import BaseModelUnavailable
 from repertory.model import bundled
+from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, shards_in, without_safetensors
 from repertory.settings import Settings
 
-WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")  # files of a base model on the hub
-WANTED = (*WITHOUT_WEIGHTS, "*.safetensors")
 FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
+MAX_CONFIG_BYTES = 4 << 20
+MAX_TEMPLATE_BYTES = 1 << 20  # the longest of well-known models, with tools, has some 20 KB
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20  # of hidden states and layers
+MAX_VOCABULARY = 1 << 24
+BOUNDS = {
+    "num_hidden_layers": MAX_LAYERS,
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": MAX_WIDTH,
+    "num_attention_heads": MAX_WIDTH,
+    "vocab_size": MAX_VOCABULARY,
+}
 
 
-def locate(name: str, settings: Settings, say: Callable[[str], None]) -> Path:
-    """The local folder of base model `name`: in the cache, or brought there. Raises BaseModelUnavailable."""
-    cache = settings.model_cache_dir.resolve()
-    folder = (cache / name).resolve()
-    if not folder.is_relative_to(cache):
-        raise BaseModelUnavailable(f"the base model {name} lies outside the model cache", code="base_model_not_allowed")
+def silent(_: object) -> None:
+    """For callers that show no progress."""
+
+
+@dataclass(frozen=True)
+class Located:
+    folder: Path
+    key: BaseKey  # with the commit, of one from the hub
+
+
+def locate(
+    key: BaseKey, settings: Settings, say: Callable[[str], None] = silent, tell: Callable[[Download], None] = silent
+) -> Located:
+    """The base model's folder: in the cache, or brought there. Raises BaseModelUnavailable."""
+    catalogue = Catalogue(settings.model_cache_dir)
+    name = key.base_model
     if name == BUNDLED_MODEL:
-        bundled.provide(folder, say)
-    if not (folder / "config.json").is_file():
-        folder = _download(name, cache, settings, say)
-    if not any(folder.glob("*.safetensors")):
-        raise BaseModelUnavailable(
-            f"the base model {name} has no .safetensors weights; other formats can run code and are not loaded",
-            code="unsafe_weights",
-            cure="Choose a model that is published in safetensors, or convert it once with transformers.",
-        )
-    return folder
+        bundled.provide(catalogue.cache / name, say)
+    key = catalogue.pinned(key)
+    folder = catalogue.beside_hub(name) if key.revision is None else None
+    if folder is None:
+        _check_hub_name(key)
+        folder = catalogue.snapshot(name, key.revision or "none")
+        if not folder.is_dir():
+            folder = Hub(settings).fetch(name, key.revision, say, tell)
+            key = key.model_copy(update={"revision": folder.name})
+    check(folder, name)
+    return Located(folder, key)
 
 
-def locate_outline(name: str, settings: Settings) -> Path:
-    """The folder that describes base model `name`, with or without its weights; a few files at the most are downloaded.
+def locate_outline(key: BaseKey, settings: Settings) -> Path:
+    """The folder that describes the base model, with or without its weights; a few files at the most are downloaded.
 
     Raises BaseModelUnavailable.
     """
-    cache = settings.model_cache_dir.resolve()
-    folder = (cache / name).resolve()
-    if name == BUNDLED_MODEL or not folder.is_relative_to(cache):
-        return locate(name, settings, lambda phase: None)
-    if (folder / "config.json").is_file():
-        return folder
-    return _download(name, cache, settings, lambda phase: None, WITHOUT_WEIGHTS)
+    catalogue = Catalogue(settings.model_cache_dir)
+    key = catalogue.pinned(key)
+    if key.base_model == BUNDLED_MODEL:
+        return locate(key, settings).folder
+    folder = catalogue.beside_hub(key.base_model) if key.revision is None else None
+    if folder is None:
+        _check_hub_name(key)
+        folder = catalogue.snapshot(key.base_model, key.revision or "none")
+        if not folder.is_dir():
+            folder = Hub(settings).describe(key.base_model, key.revision)
+    check_description(folder, key.base_model)
+    return folder
 
 
-def weights_fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Changes when the model's files are exchanged for others: sizes, and samples of the contents, not gigabytes."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
@@ -63,41 +99,139 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(
-    name: str, cache: Path, settings: Settings, say: Callable[[str], None], wanted: Sequence[str] = WANTED
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+def files(folder: Path, name: str) -> list[Path]:
+    """The weights that transformers would load. Raises BaseModelUnavailable."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise without_safetensors(name, [path.name for path in folder.iterdir()])
+    shards = [folder / shard for shard in shards_in(folder / INDEX, name)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise BaseModelUnavailable(
+            f"the base model {name} is not whole: {len(missing)} of its {len(shards)} shards are missing, such as"
+            f" {missing[0]}",
+            cure="Copy the missing files into its folder, or download it again.",
+        )
+    return shards
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+
+def check(folder: Path, name: str) -> None:
+    """Refuse a folder that is damaged or hostile. Raises BaseModelUnavailable."""
+    check_description(folder, name)
+    weights = files(folder, name)
+    where: dict[str, str] = {}
+    for path in weights:
+        try:
+            with safe_open(path, "pt") as shard:
+                tensors = list(shard.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(name, f"{path.name} is no whole safetensors file ({_first_line(error)})") from error
+        for tensor in tensors:
+            if tensor in where:
+                raise _damaged(name, f"{tensor[:80]!r} is in {where[tensor]} and in {path.name}")
+            where[tensor] = path.name
+    if (folder / SINGLE).is_file():
+        return
+    for tensor, shard in json.loads((folder / INDEX).read_text())["weight_map"].items():
+        if where.get(tensor) != shard:
+            raise _damaged(name, f"{INDEX} says that {tensor[:80]!r} is in {shard}, where it is not")
+
+
+def check_description(folder: Path, name: str) -> None:
+    """What must hold before transformers reads a folder, with or without its weights. Raises BaseModelUnavailable."""
+    _check_links(folder, name)
+    config = _read_config(folder, name)
+    if (folder / "adapter_config.json").exists():
         raise BaseModelUnavailable(
-            f"there is no base model folder {name} in the model cache, and it is no hub name (owner/model)",
-            cure="Use owner/model as on the hub, or put the model's folder into MODEL_CACHE_DIR.",
+            f"{name} is an adapter (it has adapter_config.json), or pretends to be one",
+            code="unsupported_architecture",
+            cure="Name the base model itself.",
         )
-    say(f"downloading {name}")
-    try:
-        return Path(
-            snapshot_download(
-                name, cache_dir=cache / "hub", token=settings.huggingface_token, allow_patterns=list(wanted)
+    _check_bounds(config, name)
+    if "transformers_weights" in config:
+        raise BaseModelUnavailable(
+            f"config.json of {name} names its weights itself, which is not supported",
+            code="unsupported_architecture",
+        )
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_DESCRIPTION_BYTES:
+            raise _damaged(name, f"{path.name} has more than {MAX_DESCRIPTION_BYTES} bytes")
+        if path.suffix == ".jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
+            raise _damaged(name, f"{path.name} has more than {MAX_TEMPLATE_BYTES} bytes")
+    _check_needs_no_code(config, name)
+
+
+def _check_links(folder: Path, name: str) -> None:
+    """A link that leads out of the folder could make any file of this machine part of a voice."""
+    root = folder.resolve()
+    inside = [root]
+    if root.parent.name == "snapshots":  # of the hub's own cache, whose files are links to blobs beside it
+        inside.append(root.parent.parent / "blobs")
+    for path in root.iterdir():
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+            raise BaseModelUnavailable(
+                f"{path.name} of the base model {name} is a link that leads out of its folder",
+                code="unsafe_path",
+                cure="Put the file itself into the folder.",
             )
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseModelUnavailable(
+            f"the folder of the base model {name} has no config.json",
+            cure="Copy the whole folder of a model, or register a .gguf file.",
         )
-    except GatedRepoError as error:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise _damaged(name, f"config.json has more than {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(name, "config.json is no JSON") from error
+    if not isinstance(config, dict):
+        raise _damaged(name, "config.json is no JSON object")
+    return config
+
+
+def _check_bounds(config: dict[str, Any], name: str) -> None:
+    """Numbers that would keep this process building layers for ever."""
+    for described in (config, config.get("text_config")):
+        for field, bound in BOUNDS.items():
+            value = described.get(field) if isinstance(described, dict) else None
+            if isinstance(value, int | float) and not 0 < value <= bound:
+                raise _damaged(name, f"{field} in config.json is {str(value)[:40]}, not a number up to {bound}")
+
+
+def _check_needs_no_code(config: dict[str, Any], name: str) -> None:
+    """Code beside a model is never downloaded nor run; most models that bring some also work without it."""
+    from transformers import CONFIG_MAPPING
+
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise BaseModelUnavailable(
-            f"{name} is gated on the hub and the access was refused",
-            cure="Accept its licence on the model's page and set HUGGINGFACE_TOKEN, or use an open base model.",
-        ) from error
-    except RepositoryNotFoundError as error:
+            f"the base model {name} works only with Python code that comes with it, which is never run",
+            code="remote_code_required",
+            cure="Choose a base model whose architecture is part of transformers.",
+        )
+
+
+def _check_hub_name(key: BaseKey) -> None:
+    if not HUB_NAME.fullmatch(key.base_model) or key.base_model.startswith("local/"):
         raise BaseModelUnavailable(
-            f"the hub has no model {name}, or it is private",
-            cure="Check the spelling; for a private model set HUGGINGFACE_TOKEN.",
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelUnavailable(
-            f"{name} is not in the model cache and could not be downloaded: {_first_line(error)}",
-            cure="Check the network (or HUGGINGFACE_TOKEN), copy the model's folder to "
-            f"MODEL_CACHE_DIR/{name}, or leave base_model out to use the default.",
-        ) from error
+            f"there is no base model {key.base_model} on this machine, and it is no hub name (owner/model)",
+            cure="See what there is with `repertory models list`; use owner/model as on the hub, or register a folder:"
+            " repertory models register NAME PATH.",
+        )
+
+
+def _damaged(name: str, why: str) -> BaseModelUnavailable:
+    return BaseModelUnavailable(
+        f"the files of the base model {name} are damaged or hostile: {why}",
+        code="unsafe_weights",
+        cure="Download or copy it again from a source you trust, or choose another base model.",
+    )
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\s+", " ", str(error)).strip()[:200] or type(error).__name__

@@ -4,35 +4,36 @@ none of an architecture that is known not to be supported.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from repertory import architectures
+from repertory.catalogue import MAX_CHARACTERS, Catalogue, is_allowed, is_name
 from repertory.errors import InvalidInput
 from repertory.settings import Settings
-
-# `name` or `org/name`. A part neither begins with a dot (`..`) nor with a dash (it becomes a command's argument).
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
-MAX_CHARACTERS = 256
 
 
 def allowed_base_model(asked: str, settings: Settings) -> str:
     """The name under which a host finds it. Raises InvalidInput for everything that could leave the cache."""
     if asked == settings.default_base_model:
         return asked  # the operator may have set a path of any kind
-    if len(asked) <= MAX_CHARACTERS and "\x00" not in asked:
-        if NAME.fullmatch(asked) and ".." not in asked:
-            return asked
-        inside = _name_inside(settings.model_cache_dir.resolve(), asked)
-        if inside is not None:
-            return inside
-    raise InvalidInput(
-        "base_model is neither the name of a model nor a folder in the model cache.",
-        code="base_model_not_allowed",
-        cure="Use a Hugging Face name such as TinyLlama/TinyLlama-1.1B-Chat-v1.0, or put the model's folder into"
-        " MODEL_CACHE_DIR and use its name there. Leave base_model out for the default.",
-        param="base_model",
-    )
+    name = asked if is_name(asked) else _name_inside(settings.model_cache_dir.resolve(), asked)
+    if name is None:
+        raise InvalidInput(
+            "base_model is neither the name of a model nor a folder in the model cache.",
+            code="base_model_not_allowed",
+            cure="Use a Hugging Face name such as TinyLlama/TinyLlama-1.1B-Chat-v1.0, if need be with @ and a branch,"
+            " tag or commit; or the name of a model that `repertory models list` shows. Leave base_model out for the"
+            " default.",
+            param="base_model",
+        )
+    if not is_allowed(name, settings):
+        raise InvalidInput(
+            f"{name} is none of the base models that may be asked for here.",
+            code="base_model_not_allowed",
+            cure="Choose one that ALLOWED_BASE_MODELS names, ask the operator to add it, or leave base_model out.",
+            param="base_model",
+        )
+    return name
 
 
 def check_architecture(name: str, settings: Settings) -> None:
@@ -40,13 +41,14 @@ def check_architecture(name: str, settings: Settings) -> None:
 
     Raises InvalidInput.
     """
-    if problem := architectures.problem_with(name, settings.model_cache_dir / name, settings):
+    folder = Catalogue(settings.model_cache_dir).folder(name)
+    if folder is not None and (problem := architectures.problem_with(name, folder, settings)):
         raise InvalidInput(problem, code=architectures.CODE, cure=architectures.CURE, param="base_model")
 
 
 def _name_inside(cache: Path, asked: str) -> str | None:
     """Of a path that, with all links followed, lies in the cache."""
-    if "://" in asked:
+    if "://" in asked or "\x00" in asked or len(asked) > MAX_CHARACTERS:
         return None
     path = Path(asked).resolve()
     return str(path.relative_to(cache)) if path != cache and path.is_relative_to(cache) else None

@@ -118,9 +118,10 @@ class Dispatcher:
             log.error("job failed before it began", training_id=job.id, code=error.code)
             self._jobs.fail_queued(job.id, error.info)
             return False
+        key = host.key or key  # with the commit that it has turned out to mean
         claimed: Job | None = None
         try:
-            claimed = self._jobs.claim(job.id, self._owner)
+            claimed = self._jobs.claim(job.id, self._owner, key.name)
         finally:
             if claimed is None:
                 self._hosts.release(host)

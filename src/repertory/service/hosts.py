@@ -17,7 +17,8 @@ from typing import Literal
 
 import structlog
 
-from repertory.contracts import BaseKey, Device, HostHealth, Hyperparameters
+from repertory.catalogue import COMMIT, Catalogue
+from repertory.contracts import BaseKey, Device, Download, HostHealth, Hyperparameters
 from repertory.errors import ErrorInfo, InsufficientMemory, RepertoryError, Unavailable
 from repertory.service.host_client import SILENCE_SECONDS, HostClient
 from repertory.service.host_process import HostProcess
@@ -34,6 +35,7 @@ CRASHES_TO_GIVE_UP = 4  # in a row, without being ready once
 FAILURE_REMEMBERED_SECONDS = 30.0
 INTEREST_SECONDS = 30.0  # a host waits for memory only while somebody asks for it this often
 RETRY_SECONDS = 2.0
+DOWNLOAD_INTEREST_SECONDS = 8.0  # a download goes on only while somebody asks for it this often
 MAX_SOCKET_FOLDER_BYTES = 80  # a Unix socket's path has at most 107
 
 
@@ -42,10 +44,11 @@ class Host:
     """One base model on the device. Fields change under the lock of `Hosts`, by the keeper alone if not said."""
 
     name: str
-    base_model: str
+    base_model: str  # as it was asked for
     is_default: bool
     socket: Path
-    key: BaseKey | None  # None: the first host, until it has told on what device it is
+    asked: BaseKey | None  # None: the first host
+    key: BaseKey | None  # with the commit, once it is known; None: the first host, until it has told its device
     health: HostHealth = field(default_factory=lambda: HostHealth(state="loading"))
     phase: str = "waiting for its turn to load"  # while not ready: what is going on, for people
     is_ready: bool = False
@@ -82,7 +85,7 @@ class Hosts:
         self._device: Device | None = None
         self._started = 0
         self._is_stopping = False
-        self._loading = threading.Lock()  # one loads at a time: two would each miscount the memory that is left
+        self._catalogue = Catalogue(settings.model_cache_dir)
 
     def start(self) -> None:
         with self._changed:
@@ -113,7 +116,7 @@ class Hosts:
                 if not any(host.is_default for host in self._hosts):
                     self._start(self._settings.default_base_model, key=None, is_default=True)
                 raise _loading("The first host is starting and looks at the device.")
-            return BaseKey.resolve(base_model, hyperparameters, self._device)
+            return self._catalogue.pinned(BaseKey.resolve(base_model, hyperparameters, self._device))
 
     def acquire(self, key: BaseKey) -> Host:
         """A ready host with this key, which stays at least until it is released.
@@ -121,10 +124,11 @@ class Hosts:
         Raises Unavailable while it is being started (which this sets off), and its error if it cannot be.
         """
         with self._changed:
+            key = self._catalogue.pinned(key)
             host = self._find(key)
             if host is None:
                 self._raise_if_failed(key)
-                host = self._start(key.base_model, key, is_default=key == self._default_key())
+                host = self._start(key.name, key, is_default=key == self._default_key())
             host.wanted_at = monotonic()
             if not host.is_ready:
                 self._raise_if_failed(key)  # it crashes again and again
@@ -182,6 +186,12 @@ class Hosts:
         with self._changed:
             return list(self._hosts)
 
+    def downloads(self) -> dict[str, Download]:
+        """Those in progress, by the name that was asked for."""
+        with self._changed:
+            found = {host.base_model: host.health.download for host in self._hosts}
+        return {name: download for name, download in found.items() if download is not None}
+
     def loaded_adapters(self) -> set[str]:
         """Training ids of the adapters in any host's memory."""
         return {training_id for host in self.ready() for training_id in host.health.adapters}
@@ -203,12 +213,14 @@ class Hosts:
     # With the lock held
 
     def _find(self, key: BaseKey) -> Host | None:
-        return next((host for host in self._hosts if host.key == key), None)
+        exact = next((host for host in self._hosts if host.key == key), None)
+        return exact or next((host for host in self._hosts if _may_become(host, key)), None)
 
     def _default_key(self) -> BaseKey | None:
         if self._device is None:
             return None
-        return BaseKey.resolve(self._settings.default_base_model, self._settings.hyperparameters, self._device)
+        default = BaseKey.resolve(self._settings.default_base_model, self._settings.hyperparameters, self._device)
+        return self._catalogue.pinned(default)
 
     def _start(self, base_model: str, key: BaseKey | None, *, is_default: bool) -> Host:
         if self._is_stopping:
@@ -216,7 +228,7 @@ class Hosts:
         self._started += 1
         name = f"host-{self._started}"
         socket = self._folder / f"{name}.sock"
-        host = Host(name=name, base_model=base_model, key=key, is_default=is_default, socket=socket)
+        host = Host(name=name, base_model=base_model, asked=key, key=key, is_default=is_default, socket=socket)
         host.keeper = threading.Thread(target=self._keep, args=(host,), name=name, daemon=True)
         self._hosts.append(host)
         host.keeper.start()
@@ -248,21 +260,21 @@ class Hosts:
 
     def _live_once(self, host: Host) -> ErrorInfo | None:
         """From start to end of one process. Returns the error of one that cannot be."""
-        with self._loading:
+        with self._changed:
             if host.stopping.is_set():
                 return None
             process = HostProcess(self._settings.host_module, host.base_model, host.key, host.socket)
             log.info("host started", host=host.name, base_model=host.base_model, pid=process.pid)
-            with self._changed:
-                host.process = process
-                host.phase = "starting"
-            error = self._watch(host, process, until_ready=True)
+            host.process = process
+            host.phase = "starting"
+        error = self._watch(host, process, until_ready=True)
         ready_at = monotonic() if host.is_ready else None
         if ready_at is not None:
             error = self._watch(host, process, until_ready=False)
         with self._changed:
             host.is_ready, host.process = False, None
-            host.health = host.health.model_copy(update={"adapters": [], "runs": [], "running": 0, "waiting": 0})
+            ended = {"adapters": [], "runs": [], "running": 0, "waiting": 0, "download": None}
+            host.health = host.health.model_copy(update=ended)
         process.end()
         if error is not None or host.stopping.is_set():
             return error
@@ -278,6 +290,8 @@ class Hosts:
             if health is not None:
                 heard_at = monotonic()
                 error = self._hear(host, health)
+                if health.download is not None and not host.is_default:
+                    self._stop_unwanted_download(host)
                 if error is not None or (until_ready and host.is_ready):
                     return error
             elif monotonic() - heard_at > SILENCE_SECONDS:
@@ -289,8 +303,7 @@ class Hosts:
             if self._device is None and health.device is not None:
                 self._device = health.device
                 log.info("device", **health.device.model_dump())
-            if host.key is None:
-                host.key = self._default_key()
+            host.key = health.key or host.key or self._default_key()
             host.health = health
             host.phase = health.phase or "loading"
             if health.state == "failed":
@@ -304,6 +317,13 @@ class Hosts:
                 log.info("host ready", host=host.name, **host.key.model_dump() if host.key is not None else {})
                 self._changed.notify_all()
         return None
+
+    def _stop_unwanted_download(self, host: Host) -> None:
+        """Nobody waits for it any more: the job was cancelled, say. What has come so far is kept."""
+        with self._changed:
+            if monotonic() - host.wanted_at > DOWNLOAD_INTEREST_SECONDS:
+                log.info("download stopped, nobody waits for it", base_model=host.base_model)
+                host.stopping.set()
 
     def _crashed(self, host: Host, process: HostProcess, *, seconds_ready: float | None) -> ErrorInfo | None:
         """Wait before the next start, longer each time. Returns an error if there is no hope."""
@@ -359,9 +379,20 @@ class Hosts:
         return None
 
     def _remember(self, host: Host, error: ErrorInfo) -> None:
+        failure = Failure(error, monotonic())
         with self._changed:
-            self._failures[host.key] = Failure(error, monotonic())
+            # By every name it is asked for: the commit may have become known before it failed.
+            for key in (host.asked, host.key, self._default_key() if host.is_default else host.key):
+                self._failures[key] = failure
         log.error("host failed", host=host.name, base_model=host.base_model, code=error.code, message=error.message)
+
+
+def _may_become(host: Host, key: BaseKey) -> bool:
+    """Whether a host that has yet to learn its commit, or a key that has yet to get one, may be of the same weights."""
+    if host.key is None or host.is_ready:
+        return False
+    known = [one.revision is not None and COMMIT.fullmatch(one.revision) for one in (host.key, key)]
+    return not all(known) and host.key.model_copy(update={"revision": key.revision}) == key
 
 
 def _tell_to_stop(host: Host) -> None:

@@ -182,13 +182,22 @@ class Jobs:
             found = {row[0]: row[1] for row in connection.execute(counted)}
         return {status: found.get(status, 0) for status in (Status.QUEUED, *ACTIVE)}
 
-    def claim(self, job_id: str, owner: str) -> Job | None:
-        """Take a queued job, or None if it is no longer there to be taken. Its new `lease_epoch` is the claim's."""
+    def claim(self, job_id: str, owner: str, base_model: str | None = None) -> Job | None:
+        """Take a queued job, or None if it is no longer there to be taken. Its new `lease_epoch` is the claim's.
+
+        `base_model` is its name with the commit, as far as that is known: a resumed run is on the same weights.
+        """
         with self._store.write() as connection:
             taken = connection.execute(
                 update(jobs)
                 .where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED, jobs.c.cancel_requested.is_(False))
-                .values(lease_epoch=jobs.c.lease_epoch + 1, lease_owner=owner, heartbeat_at=now(), waiting_for=None)
+                .values(
+                    lease_epoch=jobs.c.lease_epoch + 1,
+                    lease_owner=owner,
+                    heartbeat_at=now(),
+                    waiting_for=None,
+                    base_model=func.coalesce(base_model, jobs.c.base_model),
+                )
                 .returning(jobs)
             ).one_or_none()
             if taken is None:

@@ -335,6 +335,7 @@ def _summary(host: Host) -> HostSummary:
         dtype=None if host.key is None else host.key.dtype,
         state="ready" if host.is_ready else "starting",
         phase="" if host.is_ready else host.phase,
+        download=None if host.is_ready else host.health.download,
         adapters=len(host.health.adapters),
         running=host.health.running,
         waiting=host.health.waiting,

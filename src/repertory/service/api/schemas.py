@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from repertory.contracts import Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
+from repertory.contracts import Download, Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
 from repertory.data.conversations import CleanText, Conversation, Message, SpokenText
 
 
@@ -174,6 +174,7 @@ class HostSummary(BaseModel):
     dtype: str | None
     state: Literal["ready", "starting"]
     phase: str
+    download: Download | None  # of its base model, while that lasts
     adapters: int
     running: int  # replies being written
     waiting: int  # requests in its queue

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import Device, Estimate, EstimateRequest, EvaluateRequest
+from repertory.contracts import Device, Download, Estimate, EstimateRequest, EvaluateRequest
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
@@ -31,6 +33,7 @@ from repertory.settings import Settings
 
 router = APIRouter(prefix="/training", tags=["training"])
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -87,14 +90,17 @@ async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(b
 @router.get("/status/{training_id}")
 def status(service: ServiceDep, training_id: str) -> TrainingStatus:
     job = service.jobs.get(training_id)
-    return _status(job, service.jobs.queue_positions() if job.status == Status.QUEUED else {})
+    if job.status != Status.QUEUED:
+        return _status(job)
+    return _status(job, service.jobs.queue_positions(), service.hosts.downloads())
 
 
 @router.get("/jobs/{org_id}")
 def jobs(service: ServiceDep, org_id: OrgIdPath) -> TrainingJobs:
     """Newest first."""
     positions = service.jobs.queue_positions()
-    return TrainingJobs(jobs=[_status(job, positions) for job in service.jobs.of_organisation(org_id)])
+    downloads = service.hosts.downloads()
+    return TrainingJobs(jobs=[_status(job, positions, downloads) for job in service.jobs.of_organisation(org_id)])
 
 
 @router.delete("/jobs/{training_id}")
@@ -178,10 +184,15 @@ def _submission(
     )
 
 
-def _status(job: Job, queue_positions: dict[str, int]) -> TrainingStatus:
+def _status(
+    job: Job, queue_positions: Mapping[str, int] = NOTHING, downloads: Mapping[str, Download] = NOTHING
+) -> TrainingStatus:
     metadata = dict(job.metadata)
     if job.id in queue_positions:
         metadata["queue_position"] = queue_positions[job.id]
+        if job.base_model in downloads:
+            download = downloads[job.base_model]
+            metadata["download"] = download.model_dump() | {"percent": download.percent}
     if job.waiting_for is not None:
         metadata["waiting_for"] = job.waiting_for
     return TrainingStatus(
