@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -37,6 +38,18 @@ from repertory.model.rmsnorm import replace_rms_norms
 from repertory.model.weights import fingerprint, locate
 from repertory.settings import Settings
 
+# What transformers raises for files that are damaged or that it does not understand.
+UNLOADABLE = (
+    OSError,
+    ValueError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_TOKENS = 32
 PADDING = 32
@@ -177,7 +190,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
     dtype = DTYPES[key.dtype]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": torch_device},
@@ -186,12 +199,20 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except UNLOADABLE as error:
         if str(error) == repr(ATTENTION):  # a table of attention classes, as older families have it
             raise _unsupported(name, "its attention cannot be exchanged") from error
         raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
+    if lacking := sorted(loaded["missing_keys"]):  # transformers would leave them at random values
+        raise BaseModelUnavailable(
+            f"the files of the base model {name} lack {len(lacking)} of its tensors, such as {lacking[0]}",
+            cure="Download or copy it again, or choose another base model.",
+        )
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():
@@ -265,7 +286,7 @@ def outline(folder: Path, key: BaseKey, device: Device) -> Outline:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=DTYPES[key.dtype])
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except UNLOADABLE as error:
         raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
     _, blocks, prefix = _parts(model, name)
     outlined = Outline(

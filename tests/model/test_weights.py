@@ -1,0 +1,225 @@
+"""Folders of base models that are damaged or hostile: each is refused with its reason, none does harm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from repertory.contracts import BaseKey
+from repertory.errors import BaseModelUnavailable, RepertoryError
+from repertory.model import base as base_module
+from repertory.model import weights
+from repertory.model.hub import INDEX, SINGLE
+from repertory.settings import Settings
+
+NAME = "acme/hostile"
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("original") / "model", "llama-gqa", max_shard_size="100KB")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A sound sharded model in a cache, to be spoilt."""
+    return shutil.copytree(original, tmp_path / "cache" / NAME)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[], base_module.Base]:
+    def load() -> base_module.Base:
+        settings = Settings(_env_file=None, model_cache_dir=tmp_path / "cache", hf_hub_offline=True)
+        key = BaseKey(base_model=NAME, quantization="none", dtype="fp32")
+        return base_module.load(NAME, settings, base_module.detect_device(), key, weights.silent)
+
+    return load
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def with_config(**values: object) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", lambda config: config | values)
+
+
+def with_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: void((folder / name).write_text(text))
+
+
+def void(_: object) -> None:
+    """What a function that must return nothing may end with."""
+
+
+def link_out(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+
+
+def shard_outside(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(first_shard(folder), outside)
+    edit(folder / INDEX, lambda index: renamed(index, "../outside.safetensors"))
+
+
+def renamed(index: dict[str, Any], name: str) -> dict[str, Any]:
+    first = min(index["weight_map"].values())
+    return index | {
+        "weight_map": {tensor: name if shard == first else shard for tensor, shard in index["weight_map"].items()}
+    }
+
+
+def huge_header(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(struct.pack("<Q", 1 << 40) + path.read_bytes()[8:])
+
+
+def cut_short(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def tensor_twice(folder: Path) -> None:
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+
+
+def tensor_gone(folder: Path) -> None:
+    """The index is honest; the model wants more than there is, and would be given random weights for it."""
+    path = first_shard(folder)
+    tensors = load_file(path)
+    lost = min(name for name in tensors if "layernorm" not in name)
+    del tensors[lost]
+    save_file(tensors, path, metadata={"format": "pt"})
+    edit(
+        folder / INDEX,
+        lambda index: index | {"weight_map": {name: at for name, at in index["weight_map"].items() if name != lost}},
+    )
+
+
+def wrong_shape(folder: Path) -> None:
+    path = first_shard(folder)
+    tensors = {name: torch.cat([tensor, tensor]) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def pickles_alone(folder: Path) -> None:
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+
+
+CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "a link out of the folder": (link_out, "unsafe_path", "tokenizer.json"),
+    "a shard outside the folder": (shard_outside, "unsafe_weights", "../outside.safetensors"),
+    "an absolute shard": (
+        lambda folder: edit(folder / INDEX, lambda index: renamed(index, "/etc/passwd")),
+        "unsafe_weights",
+        "/etc/passwd",
+    ),
+    "a missing shard": (lambda folder: first_shard(folder).unlink(), "base_model_unavailable", "shards are missing"),
+    "an oversized header": (huge_header, "unsafe_weights", "no whole safetensors file"),
+    "a shard cut short": (cut_short, "unsafe_weights", "no whole safetensors file"),
+    "a tensor in two shards": (tensor_twice, "unsafe_weights", " and in "),
+    "a tensor in no shard": (tensor_gone, "base_model_unavailable", "lack"),
+    "tensors of another shape": (wrong_shape, "base_model_unavailable", "cannot be loaded"),
+    "an index that is no JSON": (with_text(INDEX, "{"), "base_model_unavailable", "is damaged"),
+    "pickles alone": (pickles_alone, "unsafe_weights", "can run code"),
+    "a config that is no object": (with_text("config.json", "[]"), "unsafe_weights", "no JSON object"),
+    "a config that is no JSON": (with_text("config.json", "x"), "unsafe_weights", "no JSON"),
+    "a deep config": (with_text("config.json", "[" * 200_000), "unsafe_weights", "no JSON"),
+    "a huge config": (with_text("config.json", " " * (5 << 20)), "unsafe_weights", "more than"),
+    "a billion layers": (with_config(num_hidden_layers=10**9), "unsafe_weights", "num_hidden_layers"),
+    "a billion columns": (with_config(hidden_size=10**9), "unsafe_weights", "hidden_size"),
+    "negative layers": (with_config(num_hidden_layers=-1), "unsafe_weights", "num_hidden_layers"),
+    "layers as text": (with_config(num_hidden_layers="2"), "base_model_unavailable", "cannot be loaded"),
+    "code that it needs": (
+        with_config(model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Evil"}),
+        "remote_code_required",
+        "never run",
+    ),
+    "an adapter in disguise": (with_text("adapter_config.json", "{}"), "unsupported_architecture", "adapter"),
+    "weights named by the config": (
+        with_config(transformers_weights="../x.safetensors"),
+        "unsupported_architecture",
+        "names its weights itself",
+    ),
+    "a long template": (with_text("chat_template.jinja", "x" * (2 << 20)), "unsafe_weights", "chat_template.jinja"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_hostile_folder_is_refused(folder: Path, load: Callable[[], base_module.Base], case: str) -> None:
+    spoil, code, words = CASES[case]
+    spoil(folder)
+    with pytest.raises(BaseModelUnavailable) as refused:
+        load()
+    assert (refused.value.code, words in refused.value.message) == (code, True), refused.value.message
+    assert NAME in refused.value.message
+    assert refused.value.cure
+
+
+def test_a_sharded_model_in_the_cache_is_loaded_and_computes_what_it_says(
+    folder: Path, load: Callable[[], base_module.Base]
+) -> None:
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    loaded = load()
+    for name, tensor in load_file(first_shard(folder)).items():
+        held = loaded.model.get_parameter(name) if name in dict(loaded.model.named_parameters()) else None
+        assert held is None or torch.equal(held, tensor)
+    assert loaded.fingerprint == weights.fingerprint(folder)
+
+
+def test_code_that_comes_with_a_known_architecture_is_not_needed_and_not_run(
+    folder: Path, load: Callable[[], base_module.Base], tmp_path: Path
+) -> None:
+    proof = tmp_path / "owned"
+    (folder / "modeling_evil.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    edit(folder / "config.json", lambda config: config | {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}})
+    edit(
+        folder / "tokenizer_config.json",
+        lambda config: config | {"auto_map": {"AutoTokenizer": [None, "modeling_evil.E"]}},
+    )
+    assert load().parameter_count > 0
+    assert not proof.exists()
+
+
+def test_pickles_beside_safetensors_are_not_read(folder: Path, load: Callable[[], base_module.Base]) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    assert load().parameter_count > 0
+
+
+def test_a_snapshot_of_the_hubs_own_cache_is_read_through_its_links(
+    original: Path, tmp_path: Path, load: Callable[[], base_module.Base]
+) -> None:
+    repository = tmp_path / "models--acme--hostile"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / ("0" * 40)
+    shutil.copytree(original, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    weights.check(snapshot, NAME)
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("../../../elsewhere")
+    with pytest.raises(RepertoryError, match="link that leads out"):
+        weights.check(snapshot, NAME)
+
+
+def test_a_single_file_is_preferred_to_an_index_as_transformers_does(folder: Path) -> None:
+    everything = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file(everything, folder / SINGLE, metadata={"format": "pt"})
+    assert weights.files(folder, NAME) == [folder / SINGLE]
