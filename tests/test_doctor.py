@@ -112,6 +112,13 @@ def test_it_looks_at_everything_of_this_machine_and_leaves_no_trace(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unreadable_dotenv_is_a_red_line_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PORT=\xff\n")
+    done = run()
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.search(r"^red +\.env .*cannot be read", done.stdout, re.MULTILINE)
+
+
 def test_a_red_line_is_the_exit_status_and_carries_its_cure(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.12 is missing')")
@@ -203,8 +210,8 @@ def first(about: str, findings: Iterator[Finding]) -> Finding:
         (reported(), "535.1", "GPU memory", "green", "8.6 (bf16), 11.0 GiB of 12.0 GiB free"),
         (reported(capability=(7, 5)), "535.1", "GPU memory", "green", "no bf16, so fp16"),
         (reported(free_bytes=5 << 30), "535.1", "GPU memory", "yellow", "5.0 GiB"),
-        (reported(capability=(12, 0)), "535.1", "GPU memory", "red", "no kernels"),
-        (reported(capability=(7, 0)), "535.1", "GPU memory", "red", "no kernels"),
+        (reported(capability=(12, 0)), "580.1", "GPU memory", "red", "--force-reinstall torch==2.13.0"),
+        (reported(capability=(7, 0)), "535.1", "GPU memory", "red", "whl/cu126"),
         (reported(error="no libbitsandbytes"), "535.1", "4-bit weights", "red", "no libbitsandbytes"),
         (reported(None, sees=False, error="x"), None, "4-bit weights", "yellow", "bitsandbytes fails"),
         (reported(None, sees=False), None, "CPU", "green", "no bf16, so fp32"),
@@ -216,6 +223,12 @@ def test_torch_driver_and_device_belong_together(
     found = first(about, doctor.torch_and_device(facts, None if driver is None else Driver(version=driver)))
     assert found.state == state
     assert words in f"{found.message} {found.cure}"
+
+
+def test_portable_code_runs_on_later_gpus() -> None:
+    facts = reported(capability=(12, 1))
+    facts["torch"]["architectures"] = ["sm_90a", "sm_100", "compute_120"]
+    assert first("GPU memory", doctor.torch_and_device(facts, Driver(version="580.1"))).state == "green"
 
 
 def test_a_torch_that_is_too_old_and_a_driver_that_does_not_answer_are_red() -> None:

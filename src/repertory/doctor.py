@@ -48,6 +48,7 @@ RED_MEMORY_BYTES, YELLOW_MEMORY_BYTES = GB, 4 * GB  # the bundled model in bf16 
 YELLOW_GPU_BYTES = 7 * 2**30  # a QLoRA job on a 7B model with rows of 512 tokens, by estimate
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+NEWEST_TORCH = "pip install --force-reinstall torch==2.13.0"
 CUDA_12_TORCH = "pip install torch==2.13.0+cu126 --extra-index-url https://download.pytorch.org/whl/cu126"
 NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs|cifs|smb|9p|afs|ceph|gluster|lustre|fuse\.(sshfs|s3fs|gcsfuse|rclone|glusterfs)"
@@ -74,10 +75,14 @@ def examine() -> Iterator[Finding]:
     yield from torch_and_device(diagnosis(), driver)
     yield memory(psutil.virtual_memory().available)
     yield from dotenv(Path(".env"))
+    settings = None
     try:
         settings = Settings()
     except ValidationError as refused:
         yield from wrong_settings(refused)
+    except (OSError, UnicodeDecodeError):
+        pass  # of .env, which has its red line already
+    if settings is None:
         yield Finding("the rest", "red", "not looked at, since it depends on the settings", "Correct the settings.")
         return
     yield exposure(settings)
@@ -144,7 +149,7 @@ def diagnosis() -> dict[str, Any] | str:
 
 def torch_and_device(facts: dict[str, Any] | str, driver: Driver | None) -> Iterator[Finding]:
     if isinstance(facts, str):
-        cure = f"Install it anew: pip install --force-reinstall torch==2.13.0, or {CUDA_12_TORCH}"
+        cure = f"Install it anew: {NEWEST_TORCH}; for a driver older than {LEAST_DRIVER[13]}: {CUDA_12_TORCH}"
         yield Finding("torch", "red", f"cannot be used: {facts}", cure)
         yield _driver(driver, None)
         return
@@ -201,7 +206,8 @@ def _cuda(torch: dict[str, Any]) -> Finding:
 
 
 def _gpus(torch: dict[str, Any]) -> Iterator[Finding]:
-    known = [int(name.removeprefix("sm_").rstrip("af")) for name in torch["architectures"] if name.startswith("sm_")]
+    kernels = [_capability(name) for name in torch["architectures"] if name.startswith("sm_")]
+    portable = [_capability(name) for name in torch["architectures"] if name.startswith("compute_")]
     for index, gpu in enumerate(torch["gpus"]):
         major, minor = gpu["capability"]
         name = "GPU memory" if len(torch["gpus"]) == 1 else f"GPU memory {index}"
@@ -210,15 +216,24 @@ def _gpus(torch: dict[str, Any]) -> Iterator[Finding]:
             f" ({'bf16' if major >= 8 else 'no bf16, so fp16'}), {_gib(gpu['free_bytes'])} of"
             f" {_gib(gpu['total_bytes'])} free"
         )
-        # Kernels of an architecture run on later ones of the same major version.
-        if known and not any(one // 10 == major and one % 10 <= minor for one in known):
-            cure = f"Take another build of torch; the one for CUDA 12 knows older GPUs: {CUDA_12_TORCH}"
+        # Kernels run on later minor versions of their major one, portable code on everything later.
+        runs = any(one[0] == major and one[1] <= minor for one in kernels) or any(
+            one <= (major, minor) for one in portable
+        )
+        if not runs:
+            cure = NEWEST_TORCH if (major, minor) > max(kernels, default=(0, 0)) else CUDA_12_TORCH
             yield Finding(name, "red", f"{said}; this build of torch has no kernels for it", cure)
         elif gpu["free_bytes"] < YELLOW_GPU_BYTES:
             cure = "Stop what else uses the GPU, or take a smaller base model; a 7B job wants 7 GiB and more."
             yield Finding(name, "yellow", said, cure)
         else:
             yield Finding(name, "green", said)
+
+
+def _capability(architecture: str) -> tuple[int, int]:
+    """sm_86 -> (8, 6); compute_120 -> (12, 0); sm_90a -> (9, 0)"""
+    digits = architecture.rpartition("_")[2].rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def _cpu(cpu: dict[str, Any]) -> Finding:
@@ -259,7 +274,7 @@ def dotenv(path: Path) -> Iterator[Finding]:
         if name.upper() not in settings:
             near = difflib.get_close_matches(name.upper(), settings, 1)
             cure = f"Did you mean {near[0]}?" if near else "Remove it; .env.example lists every setting."
-            yield Finding(".env", "yellow", f"{name} is no setting and has no effect", cure)
+            yield Finding(".env", "yellow", f"{name} is no setting of Repertory and has no effect on it", cure)
     overruled = [name for name in named if name.upper() in settings and os.environ.get(name.upper())]
     overrules = f"; the environment overrules its {', '.join(overruled)}" if overruled else ""
     yield Finding(".env", "green", f"read from {path.resolve()}{overrules}")

@@ -92,17 +92,24 @@ def test_the_container_serves_stops_and_serves_again(image: Image, volume: Path,
     assert (volume / "theirs").read_text() == "kept"
 
     with started(image, volume, log) as service:
+        container = service.container
+        service.until_healthy()
+        [host] = container.init.children()
+        host.kill()
+        eventually(lambda: not host.is_running())  # reaped by process 1; a zombie counts as running
         service.until_healthy()
         answer = service.client.post("/generate?org_id=org", json={"message": "Hello!", "max_tokens": 8})
         assert training_id in answer.json()["model_info"]["model_path"]
         service.stop()
 
 
-def test_a_user_of_ones_own_is_kept_where_the_volume_is_theirs(image: Image, volume: Path, log: Path) -> None:
-    write = "import os; open('models/new', 'w'); print(os.getuid())"
-    assert image.start(volume, log, "python", "-c", write, user=SOMEBODY).process.wait() == 0
-    assert log.read_text().splitlines()[-1] == str(SOMEBODY)
-    assert (volume / "new").stat().st_uid == SOMEBODY
+@pytest.mark.parametrize("user", [0, SOMEBODY])
+def test_the_image_is_in_order_by_its_own_doctor(image: Image, volume: Path, log: Path, user: int) -> None:
+    """As root, from where the entrypoint steps down, and as a user of one's own that the volume belongs to already."""
+    examined = image.start(volume, log, "repertory", "doctor", user=user, PORT="0", HF_HUB_OFFLINE="1")
+    assert examined.process.wait() == 0, log.read_text()
+    assert "2.13.0+cpu" in log.read_text()
+    assert (volume / "theirs").stat().st_uid == (user or USER)
 
 
 @pytest.mark.parametrize(("user", "writable"), [(4321, True), (0, False)])
