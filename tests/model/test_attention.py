@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import tiny
 from repertory.data.render import NO_LABEL, Row
+from repertory.model import attention
 from repertory.model.attention import KVCache, PackedRows, causal_mask
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, LoraConfig, Training
@@ -43,10 +44,17 @@ ROUND_TO_FP32 = ("gemma", "gemma2", "gemma3", "cohere", "olmo2", "mixtral", "qwe
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("prefix", [0, 1, 30])  # 30 exceeds the windows of 16
+@pytest.mark.parametrize("most_written_out", [attention.MOST_WRITTEN_OUT, 0])  # 0: as on a card, and for long rows
 def test_packed_rows_with_a_shared_prefix_equal_the_plain_computation(
-    in_float64: Callable[[str], Base], plain_attention: str, family: str, prefix: int
+    in_float64: Callable[[str], Base],
+    plain_attention: str,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    prefix: int,
+    most_written_out: int,
 ) -> None:
     """Loss and gradients in float64, so that only a real difference shows. 1e-9 is a thousand roundings."""
+    monkeypatch.setattr(attention, "MOST_WRITTEN_OUT", most_written_out)
     allowed = 1e-6 if family in ROUND_TO_FP32 else 1e-9
     base = in_float64(family)
     adapter = fresh_adapter(base)

@@ -4,13 +4,15 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from repertory.contracts import GenerateRequest, RunEvent, TokenChunk
 from repertory.data.conversations import Message
-from repertory.errors import NotFound
+from repertory.errors import NotFound, RepertoryError, Unavailable
+from repertory.model.attention import KVCache
 from repertory.model.base import Base
 from repertory.model.loop import DeviceLoop
 from repertory.model.training import TrainingRun
@@ -108,8 +110,92 @@ def test_a_broken_forward_pass_is_told_and_the_loop_goes_on(loop: DeviceLoop, mo
     assert ask(loop).error is None
 
 
+ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+
+@pytest.mark.parametrize("error", [ON_CUDA, ON_CPU, MemoryError()])
+@pytest.mark.parametrize("where", ["hidden", "logits"])
+def test_out_of_memory_in_serving_gives_up_the_newest_and_not_the_others(
+    loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    """Two are being answered when a third one's prompt is too much for the device, before or behind the blocks."""
+    expected = ask_later(loop, max_tokens=80)()[1]
+    hidden, too_many = Base.hidden, 60
+
+    def short(base: Base, ids: torch.Tensor, *about: torch.Tensor) -> torch.Tensor:
+        if len(ids) > too_many:
+            monkeypatch.setattr(Base, "logits", logits_that_fail)
+            if where == "hidden":
+                raise error
+        return hidden(base, ids, *about)
+
+    logits = Base.logits
+
+    def logits_that_fail(base: Base, found: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(Base, "logits", logits)
+        if where == "logits":
+            raise error
+        return logits(base, found)
+
+    monkeypatch.setattr(Base, "hidden", short)
+    answers = [ask_later(loop, max_tokens=80) for _ in range(2)]
+    third = ask_later(loop, question="word " * 100)
+    (last, _), (first_last, first), (second_last, second) = third(), *(answer() for answer in answers)
+    assert last.error is not None
+    assert (last.error.status, last.error.code) == (503, "out_of_memory")
+    assert "GiB are free" in last.error.message
+    again = RepertoryError.from_info(last.error)
+    assert isinstance(again, Unavailable)
+    assert again.retry_after_seconds is not None
+    assert first_last.error is second_last.error is None
+    assert first == second == expected  # the step that broke off left no trace in them
+    assert ask(loop).error is None
+
+
+def test_where_not_even_one_fits_each_is_told_so(loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Base, "hidden", lambda *about: (_ for _ in ()).throw(ON_CUDA))
+        last = [answer()[0] for answer in [ask_later(loop) for _ in range(3)]]
+    assert [chunk.error.code for chunk in last if chunk.error] == ["out_of_memory"] * 3
+    assert ask(loop).error is None
+
+
+def test_a_cache_that_could_not_grow_in_all_layers_grows_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(2)
+    for layer in range(2):
+        keys, _ = cache.layer(layer, torch.zeros(1, 2, 1, 4))
+        keys[0, :, :10] = layer + 1
+    new_zeros, calls = torch.Tensor.new_zeros, []
+
+    def short(tensor: torch.Tensor, *size: object) -> torch.Tensor:
+        calls.append(size)
+        if len(calls) == 2:
+            raise ON_CPU
+        return new_zeros(tensor, *size)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", short)
+    with pytest.raises(RuntimeError):
+        cache.reserve(2, 600)
+    assert cache.rows == 1
+    cache.reserve(1, 100)  # as before
+    cache.reserve(2, 300)
+    for layer in range(2):
+        keys, _ = cache.layer(layer, torch.zeros(1, 2, 1, 4))
+        assert keys.shape[0] >= 2
+        assert keys.shape[2] >= 300
+        assert keys[0, :, :10].eq(layer + 1).all()
+
+
 def ask(loop: DeviceLoop, max_tokens: int = 5) -> TokenChunk:
     """The last chunk of a reply that does not stop by itself."""
+    return ask_later(loop, max_tokens)()[0]
+
+
+def ask_later(
+    loop: DeviceLoop, max_tokens: int = 5, question: str = "Hello!"
+) -> Callable[[], tuple[TokenChunk, list[int]]]:
+    """Asks at once; the function waits for the last chunk, and for the tokens of the reply."""
     ended = threading.Event()
     last: list[TokenChunk] = []
 
@@ -118,11 +204,15 @@ def ask(loop: DeviceLoop, max_tokens: int = 5) -> TokenChunk:
             last.append(chunk)
             ended.set()
 
+    def wait() -> tuple[TokenChunk, list[int]]:
+        assert ended.wait(DEADLINE_SECONDS)
+        return last[0], sequence.output_ids
+
     request = GenerateRequest(
         request_id="r",
         org_id="o",
         adapter=None,
-        messages=[Message(role="user", content="Hello!")],
+        messages=[Message(role="user", content=question)],
         temperature=0,
         top_p=1,
         top_k=0,
@@ -131,5 +221,4 @@ def ask(loop: DeviceLoop, max_tokens: int = 5) -> TokenChunk:
     sequence = loop.engine.sequence(request, None, None, take)
     sequence.stop_ids = set()
     loop.submit(sequence)
-    assert ended.wait(DEADLINE_SECONDS)
-    return last[0]
+    return wait

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ from repertory import manifest
 from repertory.contracts import AdapterRef
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
-from repertory.errors import DataUnusable, InvalidInput, JobFailed
+from repertory.errors import DataUnusable, InvalidInput, JobFailed, Unavailable
 from repertory.model.base import Base
 from repertory.model.checkpoint import Checkpoint
 from repertory.model.engine import Engine
@@ -198,6 +199,28 @@ def test_a_step_that_dies_while_replies_are_sampled_fails_the_run_alone(base: Ba
     with pytest.raises(JobFailed) as failed:
         run.step()
     assert failed.value.code == "device_lost"
+
+
+def test_replies_for_which_there_is_no_memory_are_left_out_and_the_voice_is_kept(
+    base: Base, make_spec: MakeSpec
+) -> None:
+    engine = Engine(base)
+    run = TrainingRun(make_spec(), base, engine)
+    while not engine.has_work:
+        run.step()
+    engine.step()
+    engine.shed(Unavailable("memory ran out", code="out_of_memory").info)
+    events = []
+    with contextlib.suppress(StopIteration):
+        while True:
+            events.append(run.step())
+            while engine.has_work:
+                engine.step()
+    completed = events[-1]
+    assert completed is not None
+    assert completed.kind == "completed"
+    assert "No replies were sampled: memory ran out." in completed.data["warnings"]
+    assert completed.data["report"]["test_responses"] == []
     assert not engine.has_work
 
 

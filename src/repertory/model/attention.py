@@ -8,6 +8,11 @@ what gradient checkpointing computes of it again):
     PackedRows   training and scoring: an optional shared prefix, then the rows that continue it
     CachedRows   serving: each sequence's new tokens continue what its row of a KVCache holds
 
+On CUDA all of it goes through torch's `scaled_dot_product_attention`: flash attention where rows are plain causal, the
+memory-efficient kernel where a mask is needed (rows behind a shared prefix, windows, the cache). Packed rows are padded
+to the longest of their micro-batch, which is of like lengths. Kernels that take ragged rows would save that padding, but
+are for fp16 and bf16 on CUDA alone, so that no test on a CPU could show them right.
+
 Shapes: H query heads, G key/value heads, D head size, P prefix tokens, R rows, T tokens of the longest row.
 """
 
@@ -328,13 +333,16 @@ class KVCache:
     @torch.inference_mode()
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for `rows` sequences of up to `tokens` tokens; what is held stays."""
-        self.rows, self.capacity = _doubled(self.rows, rows), _doubled(self.capacity, tokens)
+        rows, capacity = _doubled(self.rows, rows), _doubled(self.capacity, tokens)
         for pool in (self.keys, self.values):
             for layer, held in enumerate(pool):
-                if held is not None and (held.shape[0], held.shape[2]) != (self.rows, self.capacity):
-                    grown = held.new_zeros(self.rows, held.shape[1], self.capacity, held.shape[3])
+                # Some layers may be larger already: memory ran out before all of them had grown.
+                if held is not None and (held.shape[0] < rows or held.shape[2] < capacity):
+                    size = max(held.shape[0], rows), held.shape[1], max(held.shape[2], capacity), held.shape[3]
+                    grown = held.new_zeros(size)
                     grown[: held.shape[0], :, : held.shape[2]] = held
                     pool[layer] = grown
+        self.rows, self.capacity = rows, capacity
 
     def bytes_if(self, rows: int, tokens: int, bytes_per_token: int) -> int:
         """Memory it would take after `reserve(rows, tokens)`."""

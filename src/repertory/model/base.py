@@ -186,8 +186,10 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     _check_memory(folder, key, device, settings)
     torch_device = _torch_device(device)
     limit = _limit_bytes(settings)
-    if limit is not None and device.kind == "cuda":  # torch itself then refuses more, which a run can answer with a cut
-        torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
+    if device.kind == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # what is computed in fp32, in ten bits of mantissa instead of 23
+        if limit is not None:  # torch itself then refuses more, which a run can answer with a cut
+            torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
     dtype = DTYPES[key.dtype]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(

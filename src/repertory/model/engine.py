@@ -90,6 +90,20 @@ class Engine:
             sequence.emit(TokenChunk(error=error))
         self._release_finished()
 
+    def shed(self, error: ErrorInfo) -> None:
+        """Memory ran out in a step, which has changed nothing: one sequence is given up, and the others go on.
+
+        The one that came last, whose prompt is being read; else the one that may become the longest.
+        """
+        running = self.scheduler.running
+        if not running:
+            self.fail_all(error)
+            return
+        given_up = self.scheduler.prefilling or max(running, key=lambda sequence: sequence.most_tokens)
+        given_up.is_finished = True
+        given_up.emit(TokenChunk(error=error))
+        self._release_finished()
+
     def cancel(self, sequence: Sequence) -> None:
         """Its row is free at the next step."""
         sequence.is_finished = True
@@ -98,12 +112,19 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One token for every decoding sequence, and one chunk of a prompt."""
+        """One token for every decoding sequence, and one chunk of a prompt.
+
+        Where it breaks off, no sequence has changed: what it left in the cache is written again by the next step.
+        """
         step = self.scheduler.next_step()
         self._reserve(step)
-        logits = self._forward(step)
-        ready = step.decoding + ([step.prefilling] if step.prefilling and step.prefilling.is_prefilled else [])
-        for sequence, token in zip(ready, sample(logits, ready), strict=True):
+        ready = step.decoding + ([step.prefilling] if step.prefilling and step.completes_prompt else [])
+        tokens = sample(self._forward(step), ready)
+        for sequence in step.decoding:
+            sequence.cached_tokens += 1
+        if step.prefilling is not None:
+            step.prefilling.cached_tokens += step.chunk_tokens
+        for sequence, token in zip(ready, tokens, strict=True):
             sequence.append(token)
         if step.prefilling is not None and step.prefilling.is_prefilled:
             self.scheduler.decoding.append(step.prefilling)  # its row n is the next decoding row already
@@ -126,13 +147,9 @@ class Engine:
         routing = Serving([sequence.adapter for sequence in step.decoding], chunk_adapter, self.stacks)
         with base.passing(layout, routing):
             hidden = base.hidden(torch.tensor(ids, device=base.device), layout.positions)
-        for sequence in step.decoding:
-            sequence.cached_tokens += 1
         last = list(range(len(step.decoding)))
-        if step.prefilling is not None:
-            step.prefilling.cached_tokens += step.chunk_tokens
-            if step.prefilling.is_prefilled:
-                last.append(len(ids) - 1)
+        if step.completes_prompt:
+            last.append(len(ids) - 1)
         return base.logits(hidden[last])
 
     def _reserve(self, step: Step) -> None:

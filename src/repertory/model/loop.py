@@ -22,16 +22,19 @@ import torch
 
 from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest, Evaluation, RunEvent, RunSpec
 from repertory.data.render import Renderer
-from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError
+from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError, Unavailable
 from repertory.logs import without_text
-from repertory.model.base import Base, Outline
+from repertory.model.base import Base, Outline, free_bytes
 from repertory.model.engine import Engine
 from repertory.model.estimate import estimate
 from repertory.model.evaluation import evaluate
+from repertory.model.memory import gib
+from repertory.model.probe import is_out_of_memory
 from repertory.model.scheduler import Sequence
 from repertory.model.training import TrainingRun
 from repertory.model.voices import Voice, Voices
 
+OUT_OF_MEMORY_RETRY_SECONDS = 10.0
 TRAINING_SHARE = 0.2  # of the device's time while requests are being answered
 
 log = structlog.get_logger()
@@ -157,9 +160,25 @@ class DeviceLoop:
     def _serve(self) -> None:
         try:
             self.engine.step()
+            return
         except Exception as error:  # whatever it was, the sequences must hear of it and the loop must go on
             log.error("generation failed", **without_text(error))
-            self.engine.fail_all(_info_of(error))
+            info, ran_out = _info_of(error), is_out_of_memory(error)
+        if ran_out:  # and the activations that the traceback held are gone
+            self._give_back_memory()
+            self.engine.shed(self._no_room().info)
+        else:
+            self.engine.fail_all(info)
+
+    def _no_room(self) -> Unavailable:
+        answered, free = len(self.engine.scheduler.running), gib(free_bytes(self.base.device.type))
+        return Unavailable(
+            f"memory ran out with {answered} requests being answered and {len(self.run_ids)} trainings running;"
+            f" {free} are free, and this request was the last to come or the longest",
+            code="out_of_memory",
+            cure="Send it again when there is less to do, shorten its history, or ask for fewer max_tokens.",
+            retry_after_seconds=OUT_OF_MEMORY_RETRY_SECONDS,
+        )
 
     def _train(self) -> None:
         task = self._tasks[0]
@@ -177,6 +196,9 @@ class DeviceLoop:
     def _let_go(self, task: _Task) -> None:
         """Forget a task, and give the memory that it held back to the device or the system."""
         self._tasks.remove(task)
+        self._give_back_memory()
+
+    def _give_back_memory(self) -> None:
         gc.collect()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -238,8 +260,10 @@ def _resulting(work: Generator[None, None, Any], result: Future[Any]) -> Generat
 def _info_of(error: Exception) -> ErrorInfo:
     if isinstance(error, RepertoryError):
         return error.info
-    if isinstance(error, torch.OutOfMemoryError):
-        return InsufficientMemory(f"the device ran out of memory: {str(error).splitlines()[0]}").info
+    if is_out_of_memory(error):
+        return InsufficientMemory(
+            f"the device ran out of memory: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ).info
     if isinstance(error, OSError):
         return JobFailed(
             f"the disk refused: {error.strerror or error}",

@@ -78,6 +78,11 @@ class Step:
     prefilling: Sequence | None
     chunk_tokens: int  # of the prompt of `prefilling`
 
+    @property
+    def completes_prompt(self) -> bool:
+        one = self.prefilling
+        return one is not None and one.cached_tokens + self.chunk_tokens >= len(one.prompt_ids)
+
 
 class Scheduler:
     """Admits waiting sequences as rows become free and plans each step."""

@@ -25,7 +25,7 @@ from repertory.contracts import RunEvent, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.data.prepare import Split, read_conversations, split, with_system
 from repertory.data.render import Renderer, Row
-from repertory.errors import DataUnusable, InvalidInput, JobFailed
+from repertory.errors import DataUnusable, InvalidInput, JobFailed, Unavailable
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
 from repertory.model import certificate, hyperparameters
 from repertory.model.base import Base
@@ -158,7 +158,7 @@ class TrainingRun:
         serving = reloaded.to(base.device, base.dtype)
         try:
             answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
-        except InvalidInput as too_long:
+        except (InvalidInput, Unavailable) as too_long:  # or no memory for them beside what is served
             answered = []
             metadata["warnings"] = [*metadata["warnings"], f"No replies were sampled: {too_long.message}."]
         report["test_responses"] = [answer.response.model_dump() for answer in answered]
