@@ -10,8 +10,8 @@ what gradient checkpointing computes of it again):
 
 On CUDA all of it goes through torch's `scaled_dot_product_attention`: flash attention where rows are plain causal, the
 memory-efficient kernel where a mask is needed (rows behind a shared prefix, windows, the cache). Packed rows are padded
-to the longest of their micro-batch, which is of like lengths. Kernels that take ragged rows would save that padding, but
-are for fp16 and bf16 on CUDA alone, so that no test on a CPU could show them right.
+to the longest of their micro-batch, which is of like lengths. Kernels that take ragged rows would save that padding,
+but are for fp16 and bf16 on CUDA alone, so that no test on a CPU could show them right.
 
 Shapes: H query heads, G key/value heads, D head size, P prefix tokens, R rows, T tokens of the longest row.
 """
