@@ -1,0 +1,101 @@
+"""What was found wrong or worth knowing in data from outside: the place, a stable code, how bad it is, and the cure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+MAX_FINDINGS = 1000  # kept word for word; beyond that they are only counted
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    severity: Severity
+    meaning: str
+    cure: str
+
+
+CODES: dict[str, Code] = {
+    # reading
+    "file_broken": Code(
+        "warning",
+        "The file ends too early or cannot be read from there on; what came before is used.",
+        "Export or download it again; a whole file has the rest.",
+    ),
+    "file_ignored": Code("note", "The file is not part of an export of this format.", "Nothing, if that is so."),
+    "message_malformed": Code(
+        "warning",
+        "The record is not what this format writes, and is left out.",
+        "Correct that record, or export again with the exporter's present version.",
+    ),
+    "kind_unknown": Code(
+        "note", "A kind of message that the reader does not know; kept as a service notice, not as words.", "Nothing."
+    ),
+    "text_repaired": Code(
+        "warning",
+        "The text held half of a surrogate pair, a byte that is not UTF-8, or NUL; it became U+FFFD.",
+        "Export again as UTF-8.",
+    ),
+    "timezone_assumed": Code(
+        "note",
+        "The times name no time zone and were read as UTC.",
+        "Name the zone where the export was made: --timezone Europe/Berlin.",
+    ),
+    "time_missing": Code("warning", "The message has no time that can be read.", "Nothing, if order is enough."),
+    "author_unknown": Code(
+        "note", "An author is not in the export's list of users; the id stands for the name.", "Nothing."
+    ),
+    "authors_by_name": Code(
+        "note",
+        "This format has no author ids: two people of one name are one, one person of two names is two.",
+        "Give --persona once for each name of the persona.",
+    ),
+    "own_messages_only": Code(
+        "warning",
+        "This export holds one person's messages without those that they answer.",
+        "For replies in context, export whole channels with DiscordChatExporter as JSON.",
+    ),
+    "provider_voice": Code(
+        "warning",
+        "The assistant in this export is a provider's model, whose terms may forbid training others on it.",
+        "Read the provider's terms, or make the user the persona: --persona user.",
+    ),
+    "turns_not_trained": Code(
+        "note", "An assistant turn has weight 0; it is context and not learned from.", "Nothing."
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding. `path` is the file, or a path into a request; `line` counts from 1, None where none applies."""
+
+    path: str
+    line: int | None
+    code: str
+    severity: Severity
+    what: str
+    cure: str
+
+
+@dataclass(slots=True)
+class Findings:
+    """The first MAX_FINDINGS findings, and how many there are of each code."""
+
+    kept: list[Finding] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, code: str, path: str, line: int | None = None, what: str | None = None) -> None:
+        """`code` is one of CODES; `what` is said of this place where the code's meaning alone is not enough."""
+        about = CODES[code]
+        self.counts[code] += 1
+        if len(self.kept) < MAX_FINDINGS:
+            self.kept.append(Finding(path, line, code, about.severity, what or about.meaning, about.cure))
+
+    def add_once(self, code: str, path: str, what: str | None = None) -> None:
+        """For what is true of a whole export."""
+        if code not in self.counts:
+            self.add(code, path, None, what)

@@ -1,0 +1,130 @@
+"""A history as everything here knows it: entries in channels, by authors, from whatever export they came.
+
+Readers turn an export into a stream of entries (one flat stream, never a whole file in memory); `History` passes the
+stream on and counts what goes by.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from repertory.data.findings import Findings
+
+Kind = Literal["said", "service", "prompt", "deleted"]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One entry of a history. Text is exactly what the author wrote, line breaks included.
+
+    `kind` is "said" for words of an author, "service" for what a platform says (joins, pins, calls), "prompt" for the
+    system prompt of an assistant's conversation, "deleted" for words that were taken back.
+    """
+
+    channel: str
+    id: str  # unique within the channel
+    author_id: str
+    author: str  # the name as the export shows it
+    text: str
+    time: float | None = None  # seconds since 1970 in UTC
+    kind: Kind = "said"
+    thread: str | None = None  # the id of the entry that the thread hangs from, or the thread's own id
+    reply_to: str | None = None  # an id in the same channel
+    edited: float | None = None
+    is_bot: bool = False
+    is_forwarded: bool = False  # somebody else's words
+    is_trained: bool = True  # False where a training file says that this turn is only context
+    attachments: tuple[str, ...] = ()  # kinds or names: photo, sticker, report.pdf
+    reactions: tuple[tuple[str, int], ...] = ()  # (emoji, how many)
+    mentions: tuple[str, ...] = ()  # author ids
+    file: str = ""
+    line: int = 0  # of the file where it has lines, else the number of the record in it, from 1
+
+
+@dataclass(slots=True)
+class Author:
+    """Who speaks in a history, and how much."""
+
+    id: str
+    names: Counter[str] = field(default_factory=Counter)
+    messages: int = 0  # with words
+    characters: int = 0
+    is_bot: bool = False
+    first: float | None = None  # seconds since 1970 in UTC
+    last: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names.most_common(1)[0][0] if self.names else self.id
+
+
+@dataclass(slots=True)
+class ImportReport:
+    """What reading an export came to. Complete when the entries have been read to their end."""
+
+    format: str
+    entries: int = 0
+    messages: int = 0  # entries with words of an author
+    other: Counter[str] = field(default_factory=Counter)  # service, deleted, prompt, media without words
+    channels: set[str] = field(default_factory=set)
+    authors: dict[str, Author] = field(default_factory=dict)
+    timezone_assumed: str | None = None
+    findings: Findings = field(default_factory=Findings)
+
+
+class History:
+    """The entries of one export in the order of the export, to be read once, and the report about them."""
+
+    def __init__(self, entries: Iterable[Entry], report: ImportReport) -> None:
+        self.report = report
+        self._entries = entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        report = self.report
+        for entry in self._entries:
+            report.entries += 1
+            text = entry.text
+            if not text.isascii() or "\0" in text:
+                self._mend(entry)
+            report.channels.add(entry.channel)
+            if entry.kind != "said":
+                report.other[entry.kind] += 1
+            elif not entry.text:
+                report.other["media"] += 1
+            else:
+                report.messages += 1
+                self._count(entry)
+            yield entry
+
+    def _count(self, entry: Entry) -> None:
+        authors = self.report.authors
+        author = authors.get(entry.author_id)
+        if author is None:
+            author = authors[entry.author_id] = Author(entry.author_id)
+        author.names[entry.author] += 1
+        author.messages += 1
+        author.characters += len(entry.text)
+        author.is_bot = author.is_bot or entry.is_bot
+        if entry.time is not None:
+            if author.first is None or entry.time < author.first:
+                author.first = entry.time
+            if author.last is None or entry.time > author.last:
+                author.last = entry.time
+
+    def _mend(self, entry: Entry) -> None:
+        """Half surrogates (bytes that were no UTF-8 are read as such) and NUL can be neither stored nor tokenized."""
+        try:
+            entry.text.encode()
+            if "\0" not in entry.text:
+                return
+        except UnicodeEncodeError:
+            pass
+        entry.text = _storable(entry.text)
+        self.report.findings.add("text_repaired", entry.file, entry.line)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
