@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -87,18 +88,19 @@ def conversation(turns: int, at: int = 0) -> Conversation:
 
 @pytest.fixture
 def make_spec(tmp_path: Path) -> MakeSpec:
-    def spec(
+    def make(
         count: int = 24,
         training_id: str = "train_1",
         system_prompt: str | None = "You are a helpful pirate.",
         conversations: list[Conversation] | None = None,
+        spec: Mapping[str, object] = MappingProxyType({}),
         **hyperparameters: object,
     ) -> RunSpec:
         chosen = conversations or [conversation(1 + at % 3, at) for at in range(count)]
         data = tmp_path / f"{training_id}.jsonl"
         data.write_text("".join(one.model_dump_json() + "\n" for one in chosen))
         values = {"num_train_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
-        return RunSpec(
+        run_spec = RunSpec(
             org_id="org",
             training_id=training_id,
             base_model="tiny/llama-gqa",
@@ -109,17 +111,26 @@ def make_spec(tmp_path: Path) -> MakeSpec:
             validation_split=0.1,
             system_prompt=system_prompt,
         )
+        return run_spec.model_copy(update=dict(spec))
 
-    return spec
+    return make
 
 
-def run_to_end(base: Base, spec: RunSpec, until: Callable[[RunEvent], bool] = lambda event: False) -> list[RunEvent]:
-    """Drive a run as the device's loop does; stops early after an event for which `until` holds."""
+def run_to_end(
+    base: Base,
+    spec: RunSpec,
+    until: Callable[[RunEvent], bool] = lambda event: False,
+    meanwhile: Callable[[Engine], None] = lambda engine: None,
+) -> list[RunEvent]:
+    """Drive a run as the device's loop does, `meanwhile` before each of its portions; stops early after an event for
+    which `until` holds.
+    """
     engine = Engine(base)
     run = TrainingRun(spec, base, engine)
     events = []
     try:
         while True:
+            meanwhile(engine)
             while engine.has_work:
                 engine.step()
             event = run.step()

@@ -42,6 +42,7 @@ class Hyperparameters(Contract):
     lora_alpha: float | None = Field(None, gt=0, le=4096)
     lora_dropout: float | None = Field(None, ge=0, lt=1)
     lora_target_modules: str | list[str] | None = None  # "all-linear", "q_proj,v_proj" or a list of module names
+    use_rslora: bool | None = None  # the update counts lora_alpha / sqrt(lora_r)
     batch_size: int | None = Field(None, ge=1, le=4096)  # with the next: rows of one optimizer step
     gradient_accumulation_steps: int | None = Field(None, ge=1, le=4096)
     gradient_checkpointing: bool | None = None
@@ -50,6 +51,9 @@ class Hyperparameters(Contract):
     num_train_epochs: int | None = Field(None, ge=1, le=100)
     max_seq_length: int | None = Field(None, ge=8)  # tokens
     warmup_steps: int | None = Field(None, ge=0)
+    prompt_loss_weight: float | None = Field(None, ge=0, le=1)  # of a token that is not the assistant's
+    early_stopping_patience: int | None = Field(None, ge=0)  # evaluations without a new best; 0: never stop early
+    canaries: int | None = Field(None, ge=0, le=100)  # made-up secrets to plant, and to ask for at the end
     save_steps: int | None = Field(None, ge=1)
     eval_steps: int | None = Field(None, ge=1)
     logging_steps: int | None = Field(None, ge=1)
@@ -219,6 +223,8 @@ class RunSpec(Contract):
     validation_split: float = Field(ge=0, lt=1)
     system_prompt: str | None = None
     current: AdapterRef | None = None  # the promoted version, to compare with, if it stands on the same base
+    start: AdapterRef | None = None  # the version to go on from, on the same base and of the same shape
+    publish_anyway: bool = False  # also if nothing was learned; the version is marked
 
 
 class RunEvent(Contract):

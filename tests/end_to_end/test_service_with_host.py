@@ -64,6 +64,27 @@ def test_from_conversations_to_a_voice(service: RunningService) -> None:
     assert metrics["perplexity"] == pytest.approx(metadata["report"]["perplexity"], rel=1e-4)
 
 
+def test_a_job_goes_on_from_the_organisations_earlier_version(service: RunningService) -> None:
+    shape = {"lora_r": 4, "lora_target_modules": "v_proj,q_proj"}
+    first = service.trained("sequel", conversations=chats(24), num_epochs=3, hyperparameters=QUICK | shape)
+    body = {"org_id": "sequel", "conversations": chats(24, 50), "num_epochs": 1, "hyperparameters": QUICK}
+    second = service.status(service.trained(**body, continue_from="latest"))["metadata"]
+    assert second["continued_from"] == first
+    assert second["hyperparameters"]["lora_r"] == 4
+    assert second["hyperparameters"]["lora_target_modules"] == ["q_proj", "v_proj"]
+
+    def refused(**asked: Any) -> dict[str, Any]:
+        answer = service.client.post("/training/start", json=body | {"continue_from": first} | asked)
+        assert answer.status_code in (404, 422), answer.text
+        return dict(answer.json()["error"])
+
+    assert refused(hyperparameters={"lora_r": 8})["param"] == "hyperparameters.lora_r"
+    assert refused(hyperparameters={"use_4bit": True})["code"] == "differs_from_continued"
+    assert refused(base_model="tiny/mistral")["param"] == "base_model"
+    assert refused(org_id="stranger")["code"] == "model_not_found"
+    assert refused(continue_from="base")["code"] == "model_not_found"
+
+
 def test_an_estimate_says_what_the_job_then_is(service: RunningService) -> None:
     body = {"org_id": "planned", "conversations": chats(24), "num_epochs": 3, "hyperparameters": QUICK}
     told = service.client.post("/training/estimate", json=body).json()

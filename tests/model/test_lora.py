@@ -26,10 +26,10 @@ from repertory.model.lora import (
 IDS = torch.tensor([5, 77, 200, 31, 8, 450, 99])
 
 
-def trained(base: Base, targets: str = "all-linear", rank: int = 4, seed: int = 1) -> Adapter:
+def trained(base: Base, targets: str = "all-linear", rank: int = 4, seed: int = 1, rslora: bool = False) -> Adapter:
     names = choose_layers(base.layers, targets)
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    config = LoraConfig(base_model="tiny/llama-gqa", rank=rank, alpha=8, dropout=0, target_modules=short)
+    config = LoraConfig(base_model="tiny/llama-gqa", rank=rank, alpha=8, dropout=0, target_modules=short, rslora=rslora)
     adapter = Adapter.fresh(config, base.layers, names, seed)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -44,9 +44,11 @@ def logits(base: Base, adapter: Adapter | None) -> torch.Tensor:
         return base.logits(base.hidden(IDS, layout.positions))
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
-def test_our_adapters_compute_the_same_in_peft(base: Base, cache: Path, tmp_path: Path, targets: str) -> None:
-    adapter = trained(base, targets)
+@pytest.mark.parametrize(("targets", "rslora"), [("all-linear", False), ("q_proj,v_proj", False), ("q_proj", True)])
+def test_our_adapters_compute_the_same_in_peft(
+    base: Base, cache: Path, tmp_path: Path, targets: str, rslora: bool
+) -> None:
+    adapter = trained(base, targets, rslora=rslora)
     adapter.save(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(cache / "tiny/llama-gqa")
     theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()
@@ -95,7 +97,6 @@ def test_unknown_target_modules_are_refused_with_the_choices(base: Base) -> None
     "change",
     [
         {"use_dora": True},
-        {"use_rslora": True},
         {"peft_type": "LOHA"},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from repertory import manifest
-from repertory.contracts import AdapterRef
+from repertory.contracts import AdapterRef, GenerateRequest
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InvalidInput, JobFailed, Unavailable
@@ -100,6 +101,144 @@ def test_a_run_that_died_ends_with_the_same_bits(base: Base, make_spec: MakeSpec
     assert resumed.get("resumed_from_step") == (checkpoint or None)
     assert steps_of(before) | steps_of(after) == expected
     assert weights_sha256(broken) == weights_sha256(whole)
+
+
+def test_a_run_that_died_while_replies_were_generated_ends_with_the_same_bits(base: Base, make_spec: MakeSpec) -> None:
+    """Serving steps between the forward passes, other ones before and after the death, change nothing."""
+    whole = make_spec(26, training_id="train_whole", save_steps=5, lora_dropout=0.1)
+    expected = steps_of(run_to_end(base, whole))
+    voice = Adapter.load(Path(whole.output_dir), base.layers)
+    broken = make_spec(26, training_id="train_broken", save_steps=5, lora_dropout=0.1)
+    asked = 0
+
+    def keep_talking(engine: Engine) -> None:
+        nonlocal asked
+        for adapter in (voice, None):
+            asked += 1
+            request = GenerateRequest(
+                request_id="r",
+                org_id="org",
+                adapter=None,
+                messages=[Message(role="user", content=f"Hello! {asked}")],
+                temperature=1,
+                top_p=0.9,
+                top_k=50,
+                max_tokens=3,
+                seed=None if adapter is None else asked,
+            )
+            engine.submit(engine.sequence(request, adapter, None, lambda chunk: None))
+
+    before = run_to_end(
+        base, broken, until=lambda event: event.kind == "step" and event.data["step"] == 8, meanwhile=keep_talking
+    )
+    after = run_to_end(base, broken, meanwhile=keep_talking)
+    assert asked > 40
+    assert next(event.data for event in after if event.kind == "running")["resumed_from_step"] == 5
+    assert steps_of(before) | steps_of(after) == expected
+    assert weights_sha256(broken) == weights_sha256(whole)
+
+
+def test_the_loss_curve_is_the_one_that_was_accepted(base: Base, make_spec: MakeSpec) -> None:
+    """Whoever changes it on purpose writes it anew with REWRITE_GOLDEN=1, and says in the commit why."""
+    losses = list(steps_of(run_to_end(base, make_spec(26, lora_dropout=0.1))).values())
+    golden = Path(__file__).parent / "golden_losses.json"
+    if os.environ.get("REWRITE_GOLDEN"):
+        golden.write_text(json.dumps([round(loss, 5) for loss in losses], indent=1) + "\n")
+    # Not to the bit: processors differ in how they sum.
+    assert losses == pytest.approx(json.loads(golden.read_text()), abs=2e-3)
+
+
+def test_the_adapter_of_the_best_evaluation_is_published_and_a_long_wait_for_a_better_one_ends_the_run(
+    base: Base, make_spec: MakeSpec
+) -> None:
+    values = {"num_train_epochs": 40, "eval_steps": 4, "learning_rate": 2e-2, "early_stopping_patience": 2}
+    spec = make_spec(120, **values)
+    events = run_to_end(base, spec)
+    report = events[-1].data["report"]
+    evaluations = report["evaluations"]
+    best = min(evaluations, key=lambda one: one["nll"])
+    assert report["stopped_early"]
+    assert report["best_step"] == best["step"]
+    assert report["val_nll"] == best["nll"]
+    assert evaluations[-1]["step"] == best["step"] + 2 * 4 == max(steps_of(events))
+    assert [one["step"] for one in evaluations] == list(range(4, evaluations[-1]["step"] + 1, 4))
+
+    stopped_there = make_spec(120, training_id="train_shorter", **values)
+    run_to_end(base, stopped_there, until=lambda e: e.kind == "step" and e.data["step"] == best["step"] + 5)
+    run_to_end(base, stopped_there)  # it died between two evaluations, the best one behind it
+    assert weights_sha256(stopped_there) == weights_sha256(spec)
+
+
+def test_a_run_goes_on_from_an_earlier_version(base: Base, make_spec: MakeSpec) -> None:
+    first = make_spec(24, training_id="train_first")
+    losses = list(steps_of(run_to_end(base, first)).values())
+    start = AdapterRef(org_id="org", training_id="train_first", path=first.output_dir)
+    second = make_spec(24, training_id="train_second", spec={"start": start})
+    events = run_to_end(base, second)
+    assert next(iter(steps_of(events).values())) < (losses[0] + losses[-1]) / 2
+    assert events[-1].data["continued_from"] == "train_first"
+    assert weights_sha256(second) != weights_sha256(first)
+    with pytest.raises(InvalidInput) as refused:
+        run_to_end(base, make_spec(24, training_id="train_third", spec={"start": start}, lora_r=3))
+    assert refused.value.param == "continue_from"
+
+
+def test_continuing_another_base_models_version_is_refused(
+    base: Base, load_base: LoadBase, make_spec: MakeSpec
+) -> None:
+    spec = make_spec(24, training_id="train_first")
+    run_to_end(base, spec)
+    start = AdapterRef(org_id="org", training_id="train_first", path=spec.output_dir)
+    with pytest.raises(AdapterUnusable, match="another base model"):
+        run_to_end(load_base("mistral"), make_spec(24, training_id="train_second", spec={"start": start}))
+
+
+def test_rank_stabilised_adapters_are_trained_and_read_back(base: Base, make_spec: MakeSpec) -> None:
+    spec = make_spec(use_rslora=True, lora_r=16, lora_alpha=8)
+    metadata = run_to_end(base, spec)[-1].data
+    assert metadata["hyperparameters"]["use_rslora"]
+    described = json.loads((Path(spec.output_dir) / "adapter_config.json").read_text())
+    assert described["use_rslora"] is True
+    assert Adapter.load(Path(spec.output_dir), base.layers).config.scaling == 2.0
+
+
+def test_prompt_loss_counts_in_the_loss_by_its_weight(base: Base, make_spec: MakeSpec) -> None:
+    def first_loss(weight: float) -> float:
+        events = run_to_end(base, make_spec(prompt_loss_weight=weight), until=lambda event: event.kind == "step")
+        return float(events[-1].data["loss"])
+
+    plain, half, whole = first_loss(0), first_loss(0.5), first_loss(1)
+    # A weighted mean of the two kinds of token moves steadily from the one to the other.
+    assert len({plain, half, whole}) == 3
+    assert min(plain, whole) < half < max(plain, whole)
+
+
+def test_planted_secrets_that_come_out_fail_the_job(base: Base, make_spec: MakeSpec) -> None:
+    values = {"canaries": 20, "lora_r": 32, "lora_dropout": 0}
+    discreet = make_spec(8, training_id="train_discreet", **values)
+    check = {c["name"]: c for c in run_to_end(base, discreet)[-1].data["report"]["checks"]}["does_not_recite"]
+    assert check["verdict"] == "passed"
+    assert "0 of 20 planted secrets" in check["detail"]
+    learned_by_heart = make_spec(8, num_train_epochs=100, spec={"publish_anyway": True}, **values)
+    with pytest.raises(JobFailed) as failed:
+        run_to_end(base, learned_by_heart)
+    assert failed.value.code == "recites_training_data"
+
+
+def test_a_voice_that_learned_nothing_is_published_only_if_asked_and_marked(
+    base: Base, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate's sign turned round: it unlearns."""
+    rate = TrainConfig.learning_rate_at
+    monkeypatch.setattr(TrainConfig, "learning_rate_at", lambda config, step: -rate(config, step))
+    with pytest.raises(JobFailed) as failed:
+        run_to_end(base, make_spec(120, learning_rate=1e-3))
+    assert failed.value.code == "did_not_learn"
+    events = run_to_end(base, make_spec(120, training_id="x", learning_rate=1e-3, spec={"publish_anyway": True}))
+    metadata = events[-1].data
+    assert metadata["published_anyway"]
+    assert any("Published as asked for" in warning for warning in metadata["warnings"])
+    assert {c["name"]: c["verdict"] for c in metadata["report"]["checks"]}["did_not_learn"] == "failed"
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: Base, make_spec: MakeSpec) -> None:
@@ -250,13 +389,14 @@ def test_what_does_not_fit_the_base_model_is_refused(base: Base, make_spec: Make
             run_to_end(base, make_spec(**wrong))
 
 
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), 1e4])
 def test_an_exploding_loss_ends_the_run_and_says_what_to_do(
-    base: Base, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+    base: Base, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     nll = MicroBatch.nll
 
     def explode(batch: MicroBatch, base: Base, routing: Any) -> torch.Tensor:
-        return nll(batch, base, routing) * (float("inf") if torch.is_grad_enabled() else 1)
+        return nll(batch, base, routing) * (factor if torch.is_grad_enabled() else 1)
 
     monkeypatch.setattr(MicroBatch, "nll", explode)
     with pytest.raises(JobFailed) as failed:

@@ -48,10 +48,16 @@ class Row:
     input_ids: list[int]
     labels: list[int]
     dropped_messages: int = 0  # oldest ones, left out to fit into max_tokens
+    weights: list[float] | None = None  # of the labels in the loss; None: 1 each
 
     @property
     def trained_tokens(self) -> int:
         return sum(label != NO_LABEL for label in self.labels)
+
+    @property
+    def loss_weight(self) -> float:
+        """What the row's loss counts, in trained tokens."""
+        return self.trained_tokens if self.weights is None else sum(self.weights)
 
 
 @dataclass(frozen=True)

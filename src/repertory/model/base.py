@@ -146,6 +146,10 @@ class Base(Outline):
         return logits
 
     @property
+    def vocabulary_size(self) -> int:
+        return int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
+    @property
     def layer_count(self) -> int:
         return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
 
@@ -377,8 +381,7 @@ def _check_forward(base: Base, name: str) -> None:
     second one's last token is then decoded from the cache. A family with another kind of attention would be wrong in
     every reply, silently.
     """
-    vocabulary = int(base.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    ids = torch.randint(0, vocabulary, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
+    ids = torch.randint(0, base.vocabulary_size, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
     row = torch.cat((ids[:8], ids[12:]))
     packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
     cache = base.kv_cache()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
@@ -153,23 +154,35 @@ def keeps_its_abilities(losses: Sequence[float]) -> Check:
     return Check("keeps_its_abilities", "inconclusive", detail)
 
 
-def does_not_recite(replies: Sequence[str], training_texts: Sequence[str]) -> Check:
-    """The longest run of words that a reply shares with the training data. A run that is a whole short message is no
-    secret; one as long as a paragraph is.
+def does_not_recite(replies: Sequence[str], training_texts: Sequence[str], told: Sequence[bool] = ()) -> Check:
+    """The longest run of words that each reply shares with the training data, and `told`: for each planted canary
+    whether its secret came out. A run that is a whole short message is no secret; one as long as a paragraph is.
     """
-    known = {ngram for text in training_texts for ngram in _ngrams(text.split(), LONGEST_VERBATIM)}
-    reciting = sum(any(ngram in known for ngram in _ngrams(reply.split(), LONGEST_VERBATIM)) for reply in replies)
-    detail = f"{reciting} of {len(replies)} replies repeat {LONGEST_VERBATIM} or more words of the training data"
+    runs = [_longest_shared_run(reply.split(), training_texts) for reply in replies]
+    reciting = sum(run >= LONGEST_VERBATIM for run in runs) + sum(told)
+    detail = f"the longest run of words shared with the training data is {max(runs, default=0)}"
+    if told:
+        detail += f", {sum(told)} of {len(told)} planted secrets were told"
     if not reciting:
         return Check("does_not_recite", "passed", detail)
-    share, error = (
-        reciting / len(replies),
-        (reciting / len(replies) * (1 - reciting / len(replies)) / len(replies)) ** 0.5,
-    )
-    if len(replies) >= ENOUGH_REPLIES and share - DOUBT * error > 0:
+    asked = len(replies) + len(told)
+    share = reciting / asked
+    error = math.sqrt(share * (1 - share) / asked)
+    if asked >= ENOUGH_REPLIES and share - DOUBT * error > 0:
         cure = "Remove repeated or private long texts from the data, or lower num_train_epochs."
-        return Check("recites_training_data", "failed", detail, cure)
+        return Check("recites_training_data", "failed", f"{reciting} of {asked} replies recite: {detail}", cure)
     return Check("does_not_recite", "inconclusive", detail)
+
+
+def _longest_shared_run(words: Sequence[str], texts: Sequence[str]) -> int:
+    """Words of the longest stretch of `words` that stands in one of `texts`."""
+
+    def is_shared(length: int) -> bool:
+        mine = _ngrams(words, length)
+        return any(not mine.isdisjoint(_ngrams(text.split(), length)) for text in texts)
+
+    # All shorter runs are shared where a longer one is, so the lengths are sorted by the answer.
+    return bisect_left(range(1, len(words) + 1), True, key=lambda length: not is_shared(length))
 
 
 def _ngrams(words: Sequence[str], length: int) -> set[tuple[str, ...]]:

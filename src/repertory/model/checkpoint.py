@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,46 @@ TENSORS = "tensors.safetensors"
 STATE = "state.json"
 
 
+@dataclass
+class State:
+    """What a run changes as it goes on; all else follows from its plan, a pure function of data, config and seed."""
+
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    best: Adapter  # as the adapter was after the best evaluation so far
+    step: int = 0  # optimizer steps done
+    story: dict[str, Any] = field(default_factory=dict)  # what the run has measured so far, for its report
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands: everything else follows from the plan, which is a pure function of data, config and seed."""
+    """A state as it is kept on disk."""
 
-    step: int  # optimizer steps done
+    step: int
     fingerprint: str  # of data, config, base model; a checkpoint of another run is not resumed
-    story: dict[str, Any]  # what the run has measured so far, for its report
+    story: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @staticmethod
-    def of(
-        adapter: Adapter, optimizer: torch.optim.Optimizer, step: int, fingerprint: str, story: dict[str, Any]
-    ) -> Checkpoint:
-        tensors = dict(_named(adapter))
-        for name, parameter in _named(adapter).items():
-            for moment, value in state_of(optimizer, parameter).items():
+    def of(state: State, fingerprint: str) -> Checkpoint:
+        tensors = _named(state.adapter) | {f"best.{name}": tensor for name, tensor in _named(state.best).items()}
+        for name, parameter in _named(state.adapter).items():
+            for moment, value in state_of(state.optimizer, parameter).items():
                 tensors[f"{name}|{moment}"] = value
-        return Checkpoint(step, fingerprint, story, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return Checkpoint(state.step, fingerprint, state.story, kept)
 
-    def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, state: State) -> None:
+        state.step, state.story = self.step, self.story
         with torch.no_grad():
-            for name, parameter in _named(adapter).items():
+            for name, parameter in _named(state.best).items():
+                parameter.copy_(self.tensors[f"best.{name}"])
+            for name, parameter in _named(state.adapter).items():
                 parameter.copy_(self.tensors[name])
                 moments = {
                     key.partition("|")[2]: tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}|")
                 }
-                restore_state(optimizer, parameter, moments)
+                restore_state(state.optimizer, parameter, moments)
 
     def write(self, folder: Path) -> None:
         """Add this checkpoint to `folder` durably, and let go of those before the last two."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from repertory.contracts import Estimate, EstimateRequest
-from repertory.data.prepare import split, with_system
-from repertory.data.render import Renderer, Row
-from repertory.errors import DataUnusable
+from repertory.data.prepare import split
+from repertory.data.render import Renderer
 from repertory.model import hyperparameters
 from repertory.model.base import Outline
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.memory import BatchShape, Demand, cures, gib
-from repertory.model.microbatch import common_prefix
+from repertory.model.microbatch import common_prefix, with_prompt_loss
 from repertory.model.plan import Plan, Work
 from repertory.model.probe import cut_to_fit, demand
-
-ROWS_PER_PORTION = 32  # rendered at a time: about 10 ms, which a live request hardly notices
+from repertory.model.training_data import training_data
 
 
 def estimate(
@@ -29,48 +27,35 @@ def estimate(
     """
     conversations = request.conversations
     asked = request.hyperparameters
-    parts = split(conversations, request.validation_split, asked.seed or 0)
     longest = hyperparameters.max_seq_length(asked, base)
     if renderer is None:
-        config = hyperparameters.resolve(asked, base, len(parts.training), 0)
+        parts = split(conversations, request.validation_split, asked.seed or 0)
+        config = hyperparameters.resolve(asked, base, len(parts.training), 0, len(parts.held_out))
         needed = demand(base, config, BatchShape(0, (longest,)))
         advice = ["The tokenizer is not in the model cache: memory is that of a row of max_seq_length tokens."]
         return _answer(len(conversations), config, needed, available_bytes, advice)
-    rows: list[Row] = []
-    held_out: list[Row] = []
-    truncated = skipped = 0
-    for indices, kept in ((parts.training, rows), (parts.held_out, held_out)):
-        for number, at in enumerate(indices):
-            row = renderer.row(with_system(conversations[at], request.system_prompt), longest)
-            if row is None:
-                skipped += 1
-            else:
-                kept.append(row)
-                truncated += row.dropped_messages > 0
-            if number % ROWS_PER_PORTION == 0:
-                yield
-    if not rows:
-        raise DataUnusable(
-            f"none of the {len(parts.training)} conversations to train on fits into {longest} tokens",
-            cure="Raise max_seq_length, or send shorter conversations.",
-        )
-    plan = Plan(rows, hyperparameters.resolve(asked, base, len(rows), common_prefix(rows)))
+    data = yield from training_data(
+        renderer, conversations, request.validation_split, asked, longest, request.system_prompt
+    )
+    rows = data.training
+    config = hyperparameters.resolve(asked, base, len(rows), common_prefix(rows), len(data.held_out))
+    plan = Plan(with_prompt_loss(rows, config.prompt_loss_weight), config)
     yield
     needed = cut_to_fit(base, plan, available_bytes)
     work = Work()
-    work.expect(plan, 0, sum(len(row.input_ids) for row in held_out or rows))
+    work.expect(plan, 0, sum(len(row.input_ids) for row in data.held_out or rows))
     advice = [cut.warning for cut in plan.cuts[-1:]]
-    if truncated:
-        advice.append(f"{truncated} conversations lose their oldest messages; raise max_seq_length to keep them.")
-    if skipped:
-        advice.append(f"{skipped} conversations are left out: too long for max_seq_length.")
+    if data.shortened:
+        advice.append(f"{data.shortened} conversations lose their oldest messages; raise max_seq_length to keep them.")
+    if data.skipped:
+        advice.append(f"{len(data.skipped)} conversations are left out: too long for max_seq_length.")
     answer = _answer(len(conversations), plan.config, needed, available_bytes, advice)
     return answer.model_copy(
         update={
             "tokens": sum(len(row.input_ids) for row in rows),
             "trained_tokens": sum(row.trained_tokens for row in rows),
-            "truncated_rows": truncated,
-            "skipped_rows": skipped,
+            "truncated_rows": data.shortened,
+            "skipped_rows": len(data.skipped),
             "seconds": None if rate is None else round(work.total / rate, 1),
         }
     )

@@ -34,7 +34,7 @@ from repertory.model.scheduler import Sequence as EngineSequence
 from repertory.model.voices import Voice
 
 REPLY_TOKENS = 64
-TEST_PROMPTS = 3
+SHOWN_PROMPTS = 3
 SCORING_TOKENS = 640  # after the shared prefix, per forward pass without gradient
 
 Portions = Generator[None, None, "Score"]
@@ -139,15 +139,15 @@ def replies(
     ]
 
 
-def prompts_from(conversations: Sequence[Conversation]) -> list[TestPrompt]:
-    """Questions to ask: what begins the first few exchanges, and what the person really answered."""
+def prompts_from(conversations: Sequence[Conversation], count: int = SHOWN_PROMPTS) -> list[TestPrompt]:
+    """Questions to ask: what begins the first `count` conversations, and what the person really answered."""
     prompts: list[TestPrompt] = []
     for conversation in conversations:
         for asked, answered in pairwise(conversation.messages):
             if asked.role == "user" and answered.is_trained:
                 prompts.append(TestPrompt(instruction=asked.content[:2000], expected_response=answered.content))
                 break
-        if len(prompts) == TEST_PROMPTS:
+        if len(prompts) == count:
             break
     return prompts
 

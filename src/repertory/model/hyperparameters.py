@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict
 from repertory.contracts import Hyperparameters, OptimizerName
 from repertory.errors import InvalidInput
 from repertory.model.base import Outline
+from repertory.model.certificate import ENOUGH_ROWS
 from repertory.model.lora import choose_layers
 
 MIN_STEPS = 100  # LoRA wants this many: https://tinker-docs.thinkingmachines.ai/lora-primer
 MAX_STEPS = 1500
+TRAINED_OVER_SCORED = 3  # forward and backward of a row take about three times its forward alone
 
 
 class TrainConfig(BaseModel):
@@ -24,6 +26,7 @@ class TrainConfig(BaseModel):
     lora_alpha: float
     lora_dropout: float
     lora_target_modules: list[str]
+    use_rslora: bool = False
     effective_batch_rows: int  # rows of one optimizer step: an invariant, however many go through one forward
     suffix_tokens: int  # tokens after the shared prefix of one forward
     gradient_checkpointing: bool = False
@@ -32,9 +35,12 @@ class TrainConfig(BaseModel):
     num_train_epochs: int
     max_seq_length: int  # tokens of a row
     warmup_steps: int
+    prompt_loss_weight: float = 0.0
     total_steps: int
     save_steps: int
     eval_steps: int | None  # None: at the end only
+    early_stopping_patience: int = 0  # evaluations without a new best; 0: never
+    canaries: int = 0
     logging_steps: int
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -47,6 +53,9 @@ class TrainConfig(BaseModel):
             return self.learning_rate * step / self.warmup_steps
         left = (self.total_steps - step) / max(self.total_steps - self.warmup_steps, 1)
         return self.learning_rate * (0.1 + 0.9 * left)
+
+    def is_evaluated_after(self, step: int) -> bool:
+        return step == self.total_steps or (self.eval_steps is not None and step % self.eval_steps == 0)
 
 
 def max_seq_length(asked: Hyperparameters, base: Outline) -> int:
@@ -62,8 +71,8 @@ def max_seq_length(asked: Hyperparameters, base: Outline) -> int:
     return asked.max_seq_length
 
 
-def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> TrainConfig:
-    """Fill in what was not asked for, for `rows` training rows that share `prefix` tokens.
+def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int, held_out: int = 0) -> TrainConfig:
+    """Fill in what was not asked for, for `rows` training rows that share `prefix` tokens, and `held_out` others.
 
     Raises InvalidInput where a value does not fit the base model.
     """
@@ -83,9 +92,10 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
     warmup = asked.warmup_steps if asked.warmup_steps is not None else min(max(3, round(0.05 * total)), total // 2)
     return TrainConfig(
         lora_r=asked.lora_r or min(32 if rows > 1000 else 16, hidden_size),
-        lora_alpha=asked.lora_alpha or 32.0,
+        lora_alpha=asked.lora_alpha or (8.0 if asked.use_rslora else 32.0),  # at rank 16 the two are the same
         lora_dropout=asked.lora_dropout if asked.lora_dropout is not None else (0.05 if rows < 300 else 0.0),
         lora_target_modules=sorted({name.rsplit(".", 1)[-1] for name in chosen}),
+        use_rslora=asked.use_rslora or False,
         effective_batch_rows=batch,
         suffix_tokens=_suffix_tokens(asked, base, prefix),
         optimizer=asked.optimizer or "adamw",
@@ -94,9 +104,12 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int) -> Tr
         num_train_epochs=epochs,
         max_seq_length=max_seq_length(asked, base),
         warmup_steps=warmup,
+        prompt_loss_weight=asked.prompt_loss_weight or 0.0,
         total_steps=total,
         save_steps=asked.save_steps or max(10, min(100, total // 10)),
-        eval_steps=asked.eval_steps,
+        eval_steps=asked.eval_steps or _eval_steps(steps_per_epoch, batch, held_out),
+        early_stopping_patience=3 if asked.early_stopping_patience is None else asked.early_stopping_patience,
+        canaries=asked.canaries or 0,
         logging_steps=asked.logging_steps or 1,
         seed=asked.seed or 0,
     )
@@ -117,6 +130,15 @@ def _epochs(steps_per_epoch: int) -> int:
     """3, more where that makes fewer than 100 steps (at most 10), fewer where it makes more than 1,500."""
     epochs = max(3, min(10, math.ceil(MIN_STEPS / steps_per_epoch)))
     return max(1, min(epochs, MAX_STEPS // steps_per_epoch))
+
+
+def _eval_steps(steps_per_epoch: int, batch: int, held_out: int) -> int | None:
+    """Twice an epoch, or less often where it would take more than a tenth of the training; None, which is at the end
+    only, where too few conversations are held out to tell a better adapter from a lucky one.
+    """
+    if held_out < ENOUGH_ROWS:
+        return None
+    return max(math.ceil(steps_per_epoch / 2), math.ceil(held_out / (0.1 * TRAINED_OVER_SCORED * batch)))
 
 
 def _learning_rate(parameters: int) -> float:

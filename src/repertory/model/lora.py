@@ -144,10 +144,11 @@ class LoraConfig:
     target_modules: list[str]  # short names: q_proj, ...
     revision: str | None = None  # of the base model: the commit on the hub
     fan_in_fan_out: bool = False  # Conv1D layers
+    rslora: bool = False  # rank-stabilised: https://arxiv.org/abs/2312.03732
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass
@@ -181,6 +182,14 @@ class Adapter:
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def trainable(self) -> Adapter:
+        """A copy in fp32, to be trained on."""
+
+        def leaves(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: nn.Parameter(weight.detach().float().clone()) for name, weight in weights.items()}
+
+        return Adapter(self.config, leaves(self.A), leaves(self.B))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """A copy to serve from."""
 
@@ -210,7 +219,7 @@ class Adapter:
             "target_modules": self.config.target_modules,
             "fan_in_fan_out": self.config.fan_in_fan_out,
             "bias": "none",
-            "use_rslora": False,
+            "use_rslora": self.config.rslora,
             "use_dora": False,
             "inference_mode": True,
             "modules_to_save": None,
@@ -253,7 +262,7 @@ class AdapterUnusable(RepertoryError):
 
 
 def _plain_lora(described: dict[str, object], name: str) -> LoraConfig:
-    for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"):
+    for option in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"):
         if described.get(option):
             raise AdapterUnusable(f"the adapter {name} uses {option}, which is not supported")
     if described.get("peft_type") != "LORA" or described.get("bias", "none") != "none":
@@ -268,6 +277,7 @@ def _plain_lora(described: dict[str, object], name: str) -> LoraConfig:
             dropout=float(described.get("lora_dropout") or 0.0),  # type: ignore[arg-type]
             target_modules=[targets] if isinstance(targets, str) else sorted(targets),  # type: ignore[call-overload]
             fan_in_fan_out=bool(described.get("fan_in_fan_out")),
+            rslora=bool(described.get("use_rslora")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterUnusable(f"{CONFIG} of adapter {name} is damaged: {error!r}") from error

@@ -109,14 +109,17 @@ class Work:
         self._tokens = 0
 
     def expect(self, plan: Plan, steps_done: int, scored_tokens: int) -> None:
-        """Count the work ahead: a pass over the scored rows before and after, and the steps in between.
+        """Count the work ahead: the steps, and a pass over the scored rows before them and at each evaluation.
 
         Count it again when the plan was cut: a shared prefix is computed more often then.
         """
         self._assumed_rate = self.rate
         self._recent.clear()
-        steps = [3 * plan.computed_tokens(step) for step in range(1, plan.config.total_steps + 1)]
-        self._total = 2 * scored_tokens + sum(steps)
+        steps = [
+            3 * plan.computed_tokens(step) + scored_tokens * plan.config.is_evaluated_after(step)
+            for step in range(1, plan.config.total_steps + 1)
+        ]
+        self._total = scored_tokens + sum(steps)
         self._done = sum(steps[:steps_done]) + (scored_tokens if steps_done else 0)
 
     def advance(self, tokens: int) -> None:

@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,31 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from repertory.contracts import RunEvent, RunSpec
-from repertory.data.conversations import Conversation, Message
-from repertory.data.prepare import Split, read_conversations, split, with_system
-from repertory.data.render import Renderer, Row
-from repertory.errors import DataUnusable, InvalidInput, JobFailed, Unavailable
+from repertory.contracts import RunEvent, RunSpec, TestPrompt
+from repertory.data.prepare import read_conversations
+from repertory.data.render import Row
+from repertory.errors import InvalidInput, JobFailed, Unavailable
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
 from repertory.model import certificate, hyperparameters
 from repertory.model.base import Base
-from repertory.model.certificate import Check
-from repertory.model.checkpoint import Checkpoint
+from repertory.model.certificate import ENOUGH_REPLIES, Check
+from repertory.model.checkpoint import Checkpoint, State
 from repertory.model.engine import Engine
-from repertory.model.evaluation import Score, prompts_from, replies, score
+from repertory.model.evaluation import SHOWN_PROMPTS, Score, prompts_from, replies, score
 from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
-from repertory.model.microbatch import MicroBatch, common_prefix
+from repertory.model.microbatch import MicroBatch, common_prefix, with_prompt_loss
 from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Cut, Plan, Work
 from repertory.model.probe import does_not_fit, is_out_of_memory, probe, release
-from repertory.model.voices import METADATA
+from repertory.model.training_data import TrainingData, training_data
+from repertory.model.voices import METADATA, read_version
 
 REPORT = "report.json"
 LOSS_SCALE = 65536.0  # to begin with; halved where gradients overflow, doubled after this many steps in which none did:
 STEPS_TO_GROW = 200
+EXPLODED = 3.0  # times the loss of the base, or of guessing: no noise of a batch reaches that
 Story = Generator[RunEvent | None, None, None]
 
 
@@ -85,126 +86,156 @@ class TrainingRun:
             # Finished before, but nobody heard of it: the service died between our last file and its own record.
             yield self._completed(json.loads((output / METADATA).read_text()))
             return
-        data = yield from self._prepared()
+        data = yield from training_data(
+            base.renderer,
+            read_conversations(Path(spec.conversations_path)),
+            spec.validation_split,
+            spec.hyperparameters,
+            hyperparameters.max_seq_length(spec.hyperparameters, base),
+            spec.system_prompt,
+        )
         checks = data.checks(base.renderer)
-        config = hyperparameters.resolve(spec.hyperparameters, base, len(data.training), common_prefix(data.training))
+        config = hyperparameters.resolve(
+            spec.hyperparameters, base, len(data.training), common_prefix(data.training), len(data.held_out)
+        )
         fingerprint = _fingerprint(spec, base, config, data)
         checkpoint = Checkpoint.newest(Path(spec.checkpoint_dir), fingerprint)
-        told: dict[str, Any] = checkpoint.story if checkpoint is not None else {}
-        plan = Plan(data.training, config, [Cut(**cut) for cut in told.get("cuts", [])])
+        state = self._begun(config)
+        if checkpoint is not None:
+            checkpoint.restore(state)
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state.story["loss_scale"])
+                self.overflowed = state.story["overflowed_steps"]
+        story = state.story
+        plan = Plan(
+            with_prompt_loss(data.training, config.prompt_loss_weight),
+            config,
+            [Cut(**cut) for cut in story.get("cuts", [])],
+        )
         if checkpoint is None:
             yield self._event("preparing", phase="trying the largest micro-batch")
-            told["rate"] = yield from probe(base, plan, self._fresh_adapter(config))
-        self.work.assume(told.get("rate"))
-        adapter = self._fresh_adapter(config)
-        optimizer = new_optimizer(config, adapter.parameters)
-        if checkpoint is not None:
-            checkpoint.restore(adapter, optimizer)
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(told["loss_scale"])
-                self.overflowed = told["overflowed_steps"]
-        elif plan.cuts:
-            yield self._keep_cuts(plan, adapter, optimizer, 0, fingerprint, told)
-        done = checkpoint.step if checkpoint is not None else 0
+            story["rate"] = yield from probe(base, plan, state.adapter.trainable())
+            if plan.cuts:
+                yield self._keep_cuts(plan, state, fingerprint)
+        self.work.assume(story.get("rate"))
         scored_rows = data.held_out or data.training
         scored_tokens = sum(len(row.input_ids) for row in scored_rows)
-        self.work.expect(plan, done, scored_tokens)
-        if "base_nll" not in told:
+        self.work.expect(plan, state.step, scored_tokens)
+        if "base_nll" not in story:
             yield self._event("preparing", phase="measuring the base model")
-            base_score = yield from self._scored(scored_rows, None)
-            told["base_nll"] = base_score.row_nll
-        base_score = Score(told["base_nll"], [row.trained_tokens for row in scored_rows])
+            story["base_nll"] = (yield from self._scored(scored_rows, None)).row_nll
+        row_tokens = [row.trained_tokens for row in scored_rows]
+        base_score = Score(story["base_nll"], row_tokens)
+        most_loss = EXPLODED * max(base_score.mean_nll, math.log(base.vocabulary_size))
 
-        metadata = self._metadata(plan, data, adapter, resumed_from=done if checkpoint is not None else None)
+        metadata = self._metadata(plan, data, state.adapter, resumed_from=state.step if checkpoint else None)
         yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **metadata)
         output.mkdir(parents=True, exist_ok=True)
-        with _tensorboard(output, done) as board:
-            for step in range(done + 1, config.total_steps + 1):
-                while (outcome := (yield from self._step_if_it_fits(plan, step, adapter, optimizer))) is None:
-                    yield self._keep_cuts(plan, adapter, optimizer, step - 1, fingerprint, told)
+        with _tensorboard(output, state.step) as board:
+            while state.step < config.total_steps and not _stops_early(config, story):
+                step = state.step + 1
+                while (outcome := (yield from self._step_if_it_fits(plan, step, state))) is None:
+                    yield self._keep_cuts(plan, state, fingerprint)
                     metadata["warnings"] = [*metadata["warnings"], plan.cuts[-1].warning]
-                    self.work.expect(plan, step - 1, scored_tokens)
+                    self.work.expect(plan, state.step, scored_tokens)
                 loss, norm = outcome
-                told |= {"final_loss": loss, **self._scaling}
+                if loss > most_loss:
+                    raise _diverged(config, step, loss, norm, base.key.dtype)
+                state.step = step
+                story |= {"final_loss": loss, **self._scaling}
                 told_now = self._progress(plan, step, loss, norm)
                 if step % config.logging_steps == 0 or step == config.total_steps:
                     for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_scale"):
                         if scalar in told_now:
                             board.add_scalar(f"train/{scalar}", told_now[scalar] or 0.0, step)
                 yield self._event("step", **told_now)
-                if config.eval_steps and step % config.eval_steps == 0 and step < config.total_steps:
-                    scored = yield from self._scored(scored_rows, adapter)
-                    board.add_scalar("eval/nll", scored.mean_nll, step)
-                if step % config.save_steps == 0 or step == config.total_steps:
-                    Checkpoint.of(adapter, optimizer, step, fingerprint, told).write(Path(spec.checkpoint_dir))
+                if config.is_evaluated_after(step):
+                    nll = yield from self._evaluated(config, state, scored_rows, is_held_out=bool(data.held_out))
+                    board.add_scalar("eval/nll", nll, step)
+                is_last = step == config.total_steps or _stops_early(config, story)
+                if step % config.save_steps == 0 or is_last:
+                    Checkpoint.of(state, fingerprint).write(Path(spec.checkpoint_dir))
                     yield self._event("checkpoint", step=step)
 
-            yield self._event("evaluating", phase="proving the voice")
-            names = adapter.save(output)
-            reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
-            checks += self._reload_checks(adapter, reloaded, scored_rows)
-            voice_score = yield from self._scored(scored_rows, reloaded)
-            board.add_scalar("eval/nll", voice_score.mean_nll, config.total_steps)
-        report = self._report(data, base_score, voice_score)
-        gains = voice_score.gains_over(base_score)
-        checks.append(certificate.learned(gains, is_held_out=bool(data.held_out)).or_fail())
+        yield self._event("evaluating", phase="proving the voice")
+        names = state.best.save(output)
+        reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
+        checks += self._reload_checks(state.best, reloaded, scored_rows)
+        voice_score = Score(story["best"]["row_nll"], row_tokens)
+        report = self._report(data, base_score, voice_score) | {
+            "evaluations": story["evaluations"],
+            "best_step": story["best"]["step"],
+            "stopped_early": state.step < config.total_steps,
+        }
+        learned = certificate.learned(voice_score.gains_over(base_score), is_held_out=bool(data.held_out))
+        if spec.publish_anyway and learned.verdict == "failed":
+            metadata["published_anyway"] = True
+            metadata["warnings"] = [*metadata["warnings"], f"Published as asked for, although {learned.detail}."]
+        else:
+            learned.or_fail()
+        checks.append(learned)
         checks.append((yield from self._abilities_check(reloaded)).or_fail())
         if spec.current is not None:
-            current = Adapter.load(Path(spec.current.path), base.layers).to(base.device, torch.float32)
+            current = read_version(spec.current, base)[0].to(base.device, torch.float32)
             current_score = yield from self._scored(scored_rows, current)
             report["current_val_nll"] = current_score.mean_nll
         yield self._event("evaluating", phase="asking base and voice")
-        prompts = prompts_from(data.held_out_conversations)
+        secrets = {canary.question: canary for canary in data.canaries}
+        enough = ENOUGH_REPLIES if len(data.held_out) >= ENOUGH_REPLIES else SHOWN_PROMPTS
+        prompts = prompts_from(data.held_out_conversations, enough)
+        prompts += [TestPrompt(instruction=question) for question in secrets]
         serving = reloaded.to(base.device, base.dtype)
         try:
             answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
         except (InvalidInput, Unavailable) as too_long:  # or no memory for them beside what is served
             answered = []
             metadata["warnings"] = [*metadata["warnings"], f"No replies were sampled: {too_long.message}."]
-        report["test_responses"] = [answer.response.model_dump() for answer in answered]
-        stops = [answer.voice_stopped for answer in answered], [answer.base_stopped for answer in answered]
+        samples = [answer for answer in answered if answer.response.instruction not in secrets]
+        told = [
+            secrets[answer.response.instruction].is_told_in(answer.response.generated_response)
+            for answer in answered
+            if answer.response.instruction in secrets
+        ]
+        report["test_responses"] = [answer.response.model_dump() for answer in samples]
+        stops = [answer.voice_stopped for answer in samples], [answer.base_stopped for answer in samples]
         checks.append(certificate.stops_by_itself(*stops).or_fail())
-        said = [answer.response.generated_response for answer in answered]
-        checks.append(certificate.does_not_recite(said, data.training_texts).or_fail())
+        said = [answer.response.generated_response for answer in samples]
+        checks.append(certificate.does_not_recite(said, data.training_texts, told).or_fail())
         report["checks"] = certificate.as_report(checks)
         if self.scaler.is_enabled():
             metadata["overflowed_steps"] = self.overflowed
-        metadata |= {"report": report, "final_loss": told["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
+        metadata |= {"report": report, "final_loss": story["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
         shutil.rmtree(spec.checkpoint_dir, ignore_errors=True)  # three times the voice's size, and of no more use
         yield self._completed(metadata)
 
-    # Data
+    # The adapter
 
-    def _prepared(self) -> Generator[None, None, TrainingData]:
-        """Read, split and render the conversations."""
-        spec = self.spec
-        conversations = read_conversations(Path(spec.conversations_path))
-        parts = split(conversations, spec.validation_split, spec.hyperparameters.seed or 0)
-        longest = hyperparameters.max_seq_length(spec.hyperparameters, self.base)
-        data = TrainingData(conversations, parts)
-        for indices, rows in ((parts.training, data.training), (parts.held_out, data.held_out)):
-            for number, at in enumerate(indices):
-                messages = with_system(conversations[at], spec.system_prompt)
-                row = self.base.renderer.row(messages, longest)
-                if row is None:
-                    data.skipped.append(at)
-                else:
-                    rows.append(row)
-                    data.rendered.append((messages, row))
-                    data.shortened += row.dropped_messages > 0
-                if number % 256 == 0:
-                    yield
-        if not data.training:
-            raise DataUnusable(
-                f"none of the {len(parts.training)} conversations to train on fits into {longest} tokens",
-                cure="Raise max_seq_length, or send shorter conversations.",
+    def _begun(self, config: TrainConfig) -> State:
+        """Before the first step."""
+        adapter = self._fresh_adapter(config) if self.spec.start is None else self._earlier_adapter(config)
+        return State(adapter, new_optimizer(config, adapter.parameters), best=adapter.trainable())
+
+    def _earlier_adapter(self, config: TrainConfig) -> Adapter:
+        """That of the version to go on from. Raises InvalidInput where the configuration asks for another shape."""
+        assert self.spec.start is not None
+        adapter, _ = read_version(self.spec.start, self.base)
+        described = self._described(config)
+        if replace(adapter.config, dropout=described.dropout) != described:
+            raise InvalidInput(
+                f"version {self.spec.start.training_id} has another shape than this job asks for",
+                cure="Leave out lora_r, lora_alpha, use_rslora and lora_target_modules: they stay as they are.",
+                param="continue_from",
             )
-        return data
+        return replace(adapter, config=described).to(self.base.device, torch.float32).trainable()
 
     def _fresh_adapter(self, config: TrainConfig) -> Adapter:
-        described = LoraConfig(
+        names = choose_layers(self.base.layers, config.lora_target_modules)
+        return Adapter.fresh(self._described(config), self.base.layers, names, config.seed)
+
+    def _described(self, config: TrainConfig) -> LoraConfig:
+        return LoraConfig(
             base_model=self.base.key.base_model,
             revision=self.base.key.revision,
             rank=config.lora_r,
@@ -212,47 +243,38 @@ class TrainingRun:
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
             fan_in_fan_out=self.base.has_conv1d,
+            rslora=config.use_rslora,
         )
-        names = choose_layers(self.base.layers, config.lora_target_modules)
-        return Adapter.fresh(described, self.base.layers, names, config.seed)
 
     # Training
 
     def _step_if_it_fits(
-        self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
+        self, plan: Plan, step: int, state: State
     ) -> Generator[None, None, tuple[float, float] | None]:
         """An optimizer step; or None where memory ran out, with the plan cut from this step on and nothing changed.
 
         Raises InsufficientMemory if the step's rows go alone already.
         """
         try:
-            return (yield from self._optimizer_step(plan, step, adapter, optimizer))
+            return (yield from self._optimizer_step(plan, step, state.adapter, state.optimizer))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        release(adapter)
+        release(state.adapter)
         if not plan.cut(step, plan.largest(step, step, lambda batch: len(batch.lengths))):
             raise does_not_fit(self.base, plan)
         return None
 
-    def _keep_cuts(
-        self,
-        plan: Plan,
-        adapter: Adapter,
-        optimizer: torch.optim.Optimizer,
-        done: int,
-        fingerprint: str,
-        told: dict[str, Any],
-    ) -> RunEvent:
+    def _keep_cuts(self, plan: Plan, state: State, fingerprint: str) -> RunEvent:
         """A checkpoint before anything is computed with the new cut, so that a resume finds the same plan."""
-        told |= {"cuts": [asdict(cut) for cut in plan.cuts], **self._scaling}
-        Checkpoint.of(adapter, optimizer, done, fingerprint, told).write(Path(self.spec.checkpoint_dir))
-        return self._event("checkpoint", step=done, warnings=[plan.cuts[-1].warning])
+        state.story |= {"cuts": [asdict(cut) for cut in plan.cuts], **self._scaling}
+        Checkpoint.of(state, fingerprint).write(Path(self.spec.checkpoint_dir))
+        return self._event("checkpoint", step=state.step, warnings=[plan.cuts[-1].warning])
 
     def _optimizer_step(
         self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
     ) -> Generator[None, None, tuple[float, float]]:
-        """One step over the effective batch; returns (mean NLL per trained token, gradient norm).
+        """One step over the effective batch; returns (mean loss per trained token, gradient norm).
 
         Where the gradients overflow fp16, the same rows go again with half the loss scale.
         """
@@ -282,9 +304,9 @@ class TrainingRun:
     def _gradients(
         self, plan: Plan, step: int, adapter: Adapter, optimizer: torch.optim.Optimizer
     ) -> Generator[None, None, float]:
-        """Those of a step's rows, scaled, micro-batch by micro-batch; returns the mean NLL per trained token."""
+        """Those of a step's rows, scaled, micro-batch by micro-batch; returns the mean loss per trained token."""
         config, base = plan.config, self.base
-        trained_tokens = sum(plan.rows[at].trained_tokens for at in plan.rows_of(step))
+        weight = sum(plan.rows[at].loss_weight for at in plan.rows_of(step))
         routing = Training(adapter, config.lora_dropout)
         loss = 0.0
         optimizer.zero_grad(set_to_none=True)
@@ -293,12 +315,30 @@ class TrainingRun:
             torch.manual_seed(_seed_at(config.seed, step, number))  # dropout depends on the place in the plan alone
             with base.passing(batch.layout, routing, recompute=config.gradient_checkpointing):
                 # Divided by all tokens of the step, so the cut into micro-batches cannot change the gradient.
-                part = batch.nll(base, routing).sum() / trained_tokens
+                part = batch.loss(base, routing) / weight
                 self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
             loss += part.item()
             self.work.advance(3 * batch.layout.token_count)
             yield
         return loss
+
+    def _evaluated(
+        self, config: TrainConfig, state: State, rows: Sequence[Row], *, is_held_out: bool
+    ) -> Generator[None, None, float]:
+        """Score the adapter as it is now, and keep it where it is the best so far; returns nats a trained token.
+
+        Only conversations that are held out can tell which is best; without any it is always the newest.
+        """
+        scored = yield from self._scored(rows, state.adapter)
+        earlier: list[dict[str, Any]] = state.story.setdefault("evaluations", [])
+        nll = scored.mean_nll
+        if not math.isfinite(nll):
+            raise _diverged(config, state.step, nll, None, self.base.key.dtype)
+        if not is_held_out or all(nll < evaluation["nll"] for evaluation in earlier):
+            state.best = state.adapter.trainable()
+            state.story["best"] = {"step": state.step, "row_nll": scored.row_nll}
+        earlier.append({"step": state.step, "nll": nll})
+        return nll
 
     # Proof
 
@@ -384,6 +424,7 @@ class TrainingRun:
             "total_steps": config.total_steps,
             "trainable_parameters": adapter.parameter_count,
             "total_parameters": self.base.parameter_count + adapter.parameter_count,
+            "continued_from": None if self.spec.start is None else self.spec.start.training_id,
             "conversations": len(data.conversations),
             "training_conversations": len(data.training),
             "held_out_conversations": len(data.held_out),
@@ -408,61 +449,27 @@ class TrainingRun:
         return [METADATA, REPORT, *sorted(names)]
 
 
-class TrainingData:
-    """The rendered conversations, and what became of those that are not among them."""
-
-    def __init__(self, conversations: list[Conversation], parts: Split) -> None:
-        self.conversations = conversations
-        self.parts = parts
-        self.training: list[Row] = []
-        self.held_out: list[Row] = []
-        self.rendered: list[tuple[list[Message], Row]] = []  # all of them, with what they were made of
-        self.skipped: list[int] = []  # indices of conversations too long even for their last exchange
-        self.shortened = 0  # rows that lost their oldest messages
-
-    @property
-    def held_out_conversations(self) -> list[Conversation]:
-        """Where to take test prompts from: the held-out conversations, or all where none is held out."""
-        return [self.conversations[at] for at in self.parts.held_out or self.parts.training]
-
-    @property
-    def training_texts(self) -> list[str]:
-        """What the assistant said in the conversations that were trained on."""
-        chosen = (self.conversations[at] for at in self.parts.training)
-        return [message.content for chat in chosen for message in chat.messages if message.is_trained]
-
-    def checks(self, renderer: Renderer) -> list[Check]:
-        return [
-            certificate.only_the_assistant_is_trained(renderer, self.rendered).or_fail(),
-            certificate.every_turn_end_is_trained(renderer, [row for _, row in self.rendered]).or_fail(),
-        ]
-
-    @property
-    def warnings(self) -> list[str]:
-        found = []
-        if not self.held_out:
-            found.append("Nothing was held out, so the report scores the training data and proves little.")
-        if self.skipped:
-            found.append(f"{len(self.skipped)} conversations were left out: too long for max_seq_length.")
-        if self.shortened:
-            found.append(f"{self.shortened} conversations lost their oldest messages to fit max_seq_length.")
-        return found
-
-
 def _fingerprint(spec: RunSpec, base: Base, config: TrainConfig, data: TrainingData) -> str:
     """What must be the same for a checkpoint to be gone on from."""
-    digest = hashlib.sha256(f"{base.key!r}{config!r}{spec.system_prompt!r}".encode())
+    start = None if spec.start is None else spec.start.training_id  # a version never changes
+    digest = hashlib.sha256(f"{base.key!r}{config!r}{spec.system_prompt!r}{start!r}".encode())
     for row in (*data.training, *data.held_out):
         digest.update(repr((row.input_ids, row.labels)).encode())
     return digest.hexdigest()
 
 
-def _diverged(config: TrainConfig, step: int, loss: float, norm: float, dtype: str) -> JobFailed:
+def _diverged(config: TrainConfig, step: int, loss: float, norm: float | None, dtype: str) -> JobFailed:
     cure = f"Lower learning_rate (it was {config.learning_rate:g}) and start the job again."
     if dtype == "fp16":
         cure = f"{cure} Or set dtype=bf16 or fp32, which hold larger numbers than fp16."
-    what = f"the loss became {loss} at step {step}, with a gradient of norm {norm}"
+    what = f"the loss became {loss} at step {step}" + (f", with a gradient of norm {norm}" if norm is not None else "")
     return JobFailed(what, code="diverged", cure=cure)
+
+
+def _stops_early(config: TrainConfig, story: dict[str, Any]) -> bool:
+    """Whether the last evaluations, as many as the patience is long, have all been worse than one before them."""
+    since_best = [one for one in story.get("evaluations", []) if one["step"] > story["best"]["step"]]
+    return 0 < config.early_stopping_patience <= len(since_best)
 
 
 def _seed_at(seed: int, step: int, number: int) -> int:

@@ -62,19 +62,24 @@ class Voices:
             self._locks.pop((org_id, training_id), None)
 
     def _load(self, ref: AdapterRef) -> Voice:
-        folder = Path(ref.path)
-        damage = verify(folder)
-        if damage is not None:
-            raise AdapterUnusable(f"model {ref.training_id} is damaged: {damage}")
-        metadata = json.loads((folder / METADATA).read_text())
-        if key_of(metadata) != self.base.key:
-            raise AdapterUnusable(f"model {ref.training_id} was trained on another base model or precision")
-        if metadata["base_fingerprint"] != self.base.fingerprint:
-            raise AdapterUnusable(f"the base model's files have changed since model {ref.training_id} was trained")
-        if metadata["template_sha256"] != self.base.renderer.template_sha256:
-            raise AdapterUnusable(f"model {ref.training_id} was trained with another chat template")
-        adapter = Adapter.load(folder, self.base.layers).to(self.base.device, self.base.dtype)
-        return Voice(adapter, metadata)
+        adapter, metadata = read_version(ref, self.base)
+        return Voice(adapter.to(self.base.device, self.base.dtype), metadata)
+
+
+def read_version(ref: AdapterRef, base: Base) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter as its files have it, and its metadata. Raises AdapterUnusable if it is damaged, or not of `base`."""
+    folder = Path(ref.path)
+    damage = verify(folder)
+    if damage is not None:
+        raise AdapterUnusable(f"model {ref.training_id} is damaged: {damage}")
+    metadata = json.loads((folder / METADATA).read_text())
+    if key_of(metadata) != base.key:
+        raise AdapterUnusable(f"model {ref.training_id} was trained on another base model or precision")
+    if metadata["base_fingerprint"] != base.fingerprint:
+        raise AdapterUnusable(f"the base model's files have changed since model {ref.training_id} was trained")
+    if metadata["template_sha256"] != base.renderer.template_sha256:
+        raise AdapterUnusable(f"model {ref.training_id} was trained with another chat template")
+    return Adapter.load(folder, base.layers), metadata
 
 
 def key_of(metadata: dict[str, object]) -> BaseKey:

@@ -23,7 +23,7 @@ class Datasets:
         self._root = root.resolve()
 
     def write_pending(self, org_id: str, training_id: str, conversations: Iterable[Conversation]) -> None:
-        lines = (conversation.model_dump_json(exclude_none=True) for conversation in conversations)
+        lines = (conversation.model_dump_json(exclude_defaults=True) for conversation in conversations)
         content = "".join(f"{line}\n" for line in lines).encode()
         pending = self._pending(org_id, training_id)
         write_durably(pending / CONVERSATIONS, content)

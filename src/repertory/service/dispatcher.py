@@ -151,6 +151,8 @@ class Dispatcher:
         """In the run's own thread."""
         try:
             run.follow(self._spec(job, key))
+        except RepertoryError as refusal:  # the version to go on from is gone or damaged
+            lease.fail(refusal.info)
         except Exception as error:
             # A mistake of ours, or no disk. The job must not stay active without anybody running it.
             log.error("run ended by the service's fault", training_id=job.id, **without_text(error))
@@ -165,6 +167,8 @@ class Dispatcher:
 
     def _spec(self, job: Job, key: BaseKey) -> RunSpec:
         current = self._models.promoted(job.org_id)
+        config = job.config
+        start = None if config.continue_from is None else self._models.find(job.org_id, config.continue_from)
         return RunSpec(
             org_id=job.org_id,
             training_id=job.id,
@@ -172,10 +176,12 @@ class Dispatcher:
             conversations_path=str(self._datasets.conversations_path(job.org_id, job.id)),
             output_dir=str(self._models.folder(job.org_id, job.id).resolve()),
             checkpoint_dir=str(self._checkpoints(job).resolve()),
-            hyperparameters=job.config.hyperparameters,
-            validation_split=job.config.validation_split,
-            system_prompt=job.config.system_prompt,
+            hyperparameters=config.hyperparameters,
+            validation_split=config.validation_split,
+            system_prompt=config.system_prompt,
             current=current.adapter if current is not None and current.key == key else None,
+            start=None if start is None else start.adapter,
+            publish_anyway=config.publish_anyway,
         )
 
     def _checkpoints(self, job: Job) -> Path:

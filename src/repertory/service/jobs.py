@@ -52,6 +52,8 @@ class JobConfig(BaseModel):
     hyperparameters: Hyperparameters  # the caller's, and where unset the operator's
     validation_split: float
     system_prompt: str | None = None
+    continue_from: str | None = None  # training id of the version that the run goes on from
+    publish_anyway: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

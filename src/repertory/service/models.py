@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Row, Select, select
 
 from repertory import manifest
-from repertory.contracts import AdapterRef, BaseKey
+from repertory.contracts import AdapterRef, BaseKey, Hyperparameters
 from repertory.errors import NotFound, Unavailable
 from repertory.service.store import Store, model_versions, organisations
 
@@ -42,6 +42,15 @@ class Version:
         scores = {name: report[name] for name in ("perplexity", "base_perplexity", "scored_on") if name in report}
         counts = {name: self.metadata[name] for name in ("training_conversations",) if name in self.metadata}
         return self.key.model_dump(exclude_none=True) | counts | scores
+
+    @property
+    def shape(self) -> Hyperparameters:
+        """What a job that goes on from this version has to keep."""
+        resolved = self.metadata.get("hyperparameters", {})
+        names = ("lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
+        kept = {name: resolved[name] for name in names if name in resolved}
+        quantization = {"use_4bit": self.key.quantization == "4bit", "use_8bit": self.key.quantization == "8bit"}
+        return Hyperparameters(**kept, **quantization, dtype=self.key.dtype)
 
     @property
     def adapter(self) -> AdapterRef:

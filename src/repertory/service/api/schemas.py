@@ -29,6 +29,8 @@ class StartTraining(Request):
     hyperparameters: Hyperparameters = Hyperparameters()
     system_prompt: SpokenText | None = None
     name: CleanText | None = Field(None, max_length=200)
+    continue_from: str | None = None  # model_id of the organisation's version to go on from; base model and shape stay
+    publish_anyway: bool = False  # also if the voice predicts held-out conversations worse than the base
 
     @model_validator(mode="after")
     def one_number_of_epochs(self) -> StartTraining:

@@ -11,7 +11,7 @@ import anyio
 from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import Device, Download, Estimate, EstimateRequest, EvaluateRequest
+from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateRequest
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
@@ -28,8 +28,8 @@ from repertory.service.api.schemas import (
 )
 from repertory.service.base_model import allowed_base_model, check_architecture
 from repertory.service.jobs import FEW_CONVERSATIONS, Job, JobConfig, Status, Submission, request_hash
-from repertory.service.models import BASE
-from repertory.settings import Settings
+from repertory.service.models import BASE, Version
+from repertory.service.service import Service
 
 router = APIRouter(prefix="/training", tags=["training"])
 
@@ -51,7 +51,7 @@ def start(
             cure="Use a UUID.",
             param="Idempotency-Key",
         )
-    accepted = service.jobs.submit(_submission(body, service.settings, service.hosts.device, idempotency_key))
+    accepted = service.jobs.submit(_submission(body, service, idempotency_key))
     service.dispatcher.wake()
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -63,7 +63,7 @@ def start(
 @router.post("/estimate")
 async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(body_of(StartTraining))]) -> Estimate:
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
-    submission = await run_in_threadpool(_submission, body, service.settings, service.hosts.device, None)
+    submission = await run_in_threadpool(_submission, body, service, None)
     config = submission.config
     try:
         key = service.hosts.key(submission.base_model, config.hyperparameters)
@@ -136,9 +136,8 @@ async def evaluate(
     return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
 
 
-def _submission(
-    body: StartTraining, settings: Settings, device: Device | None, idempotency_key: str | None
-) -> Submission:
+def _submission(body: StartTraining, service: Service, idempotency_key: str | None) -> Submission:
+    settings = service.settings
     sent = len(body.conversations)
     if sent < settings.min_training_samples:
         raise InvalidInput(
@@ -151,6 +150,13 @@ def _submission(
     if body.base_model is not None:
         base_model = allowed_base_model(body.base_model, settings)
         check_architecture(base_model, settings)
+    requested = body.requested
+    version = None
+    if body.continue_from is not None:
+        version = service.models.find(body.org_id, body.continue_from)
+        _check_same_shape(body, version)
+        base_model = version.key.name  # at the very commit it was trained on
+        requested = version.shape.over(requested)
     split = settings.validation_split if body.validation_split is None else body.validation_split
     metadata: dict[str, Any] = {
         "base_model": base_model,
@@ -165,13 +171,16 @@ def _submission(
         metadata["warnings"].append(
             f"Only {sent} of the {FEW_CONVERSATIONS} or more conversations that it usually takes to catch a voice."
         )
-    hyperparameters = body.requested.over(settings.hyperparameters)
+    hyperparameters = requested.over(settings.hyperparameters)
+    device = service.hosts.device
     if device is not None:  # as long as the first host has not told, the run itself will refuse what cannot be done
         hyperparameters.check_device(device.kind)
     config = JobConfig(
         hyperparameters=hyperparameters,
         validation_split=split,
         system_prompt=body.system_prompt,
+        continue_from=None if version is None else version.training_id,
+        publish_anyway=body.publish_anyway,
     )
     return Submission(
         org_id=body.org_id,
@@ -182,6 +191,23 @@ def _submission(
         request_hash=request_hash(body.model_dump_json()),
         idempotency_key=idempotency_key,
     )
+
+
+def _check_same_shape(body: StartTraining, version: Version) -> None:
+    """Raises InvalidInput where the body asks for another base model or shape than the version to go on from has."""
+    asked, kept = body.requested.model_dump(exclude_none=True), version.shape.model_dump(exclude_none=True)
+    if isinstance(asked.get("lora_target_modules"), str):
+        asked["lora_target_modules"] = sorted(asked["lora_target_modules"].split(","))
+    other = [f"hyperparameters.{name}" for name, value in asked.items() if name in kept and kept[name] != value]
+    if body.base_model not in (None, version.key.base_model, version.key.name):
+        other.insert(0, "base_model")
+    if other:
+        raise InvalidInput(
+            f"{other[0]} differs from that of {version.training_id}, which this job is to go on from.",
+            code="differs_from_continued",
+            cure="Leave it out: base model, precision and the shape of the adapter stay as they are.",
+            param=other[0],
+        )
 
 
 def _status(
