@@ -32,10 +32,8 @@ COPY --from=build /opt/venv /opt/venv
 COPY docker/entrypoint.sh /usr/local/bin/entrypoint.sh
 COPY src/main.py /app/src/main.py
 # NVIDIA_REQUIRE_CUDA: the base image would have the NVIDIA Container Toolkit refuse drivers older than CUDA 12.6.
-# HF_HOME: what the hub's client keeps beside the models goes into the volume too.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/repertory \
-    HF_HOME=/app/models/cache/huggingface \
     HOST=0.0.0.0 \
     NVIDIA_REQUIRE_CUDA=cuda>=12.1
 WORKDIR /app

