@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,46 @@ def make_model(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     make_tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def make_gguf(path: Path, architecture: str = "llama", seed: int = 0) -> Any:
+    """A GGUF file of a tiny Llama with tokenizer and chat template; returns the model that it was written from."""
+    import gguf
+
+    _, more = FAMILIES["llama-gqa"]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES | more))
+    config, heads = model.config, {"q_proj": SIZES["num_attention_heads"], "k_proj": more["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    described = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(described["vocab"], key=described["vocab"].__getitem__)
+    tokens += [f"<unused{at}>" for at in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in described["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        values = weight.float().numpy()
+        for layer, count in heads.items():
+            if f"{layer}.weight" in name:  # GGUF rotates neighbours, transformers halves
+                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

@@ -100,6 +100,11 @@ class Catalogue:
         """
         folder = self.cache / name
         if name.startswith(f"{LOCAL}/"):
+            if folder.is_symlink() and not folder.is_dir():
+                raise BaseModelUnavailable(
+                    f"the folder of {name}, {folder.readlink()}, is not there any more",
+                    cure=f"Put it back, or: repertory models remove {name}",
+                )
             return folder if folder.is_dir() else None
         if not folder.resolve().is_relative_to(self.cache):
             raise BaseModelUnavailable(
@@ -147,6 +152,11 @@ class Catalogue:
         return sorted(self._all(), key=lambda model: (model.name, model.revision or ""))
 
     def _all(self) -> Iterator[BaseModel]:
+        for link in self.cache.glob(f"{LOCAL}/*"):
+            if link.is_symlink() and not (link / "config.json").is_file():
+                yield BaseModel(
+                    name=f"{LOCAL}/{link.name}", revision=None, folder=link, source="registered", is_whole=False
+                )
         for config in self.cache.glob("*/*/config.json"):
             owner, name = config.parts[-3:-1]
             if owner != HUB and not name.startswith("."):

@@ -7,16 +7,33 @@ unreachable, 1 anything else.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
-from repertory.errors import RepertoryError
+from repertory.contracts import Download
+from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError
 from repertory.settings import Settings, settings
+
+EXIT_CODES: dict[type[RepertoryError], int] = {NotFound: 3, InvalidInput: 5, Conflict: 5}
+DOWNLOAD_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    DownloadColumn(),
+    TransferSpeedColumn(),
+    TimeRemainingColumn(),
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,6 +94,89 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
     raise typer.Exit(any(finding.state == "red" for finding in findings))
+
+
+models = typer.Typer(no_args_is_help=True, help="Base models: list, download, register, remove.")
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+) -> None:
+    """The base models on this machine."""
+    from repertory import base_models
+
+    found = base_models.listed(machine_settings())
+    if as_json:
+        typer.echo(json.dumps([asdict(model) for model in found], indent=2))
+        return
+    table = Table("name", "revision", "size", "architecture", "precision", "from", "voices", "state", box=None)
+    for model in found:
+        size = f"{model.size_bytes / 1e9:.2f} GB" if model.size_bytes >= 1e9 else f"{model.size_bytes / 1e6:.1f} MB"
+        cells = (model.name, (model.revision or "")[:12], size, model.architecture, model.precision, model.source)
+        table.add_row(*(escape(cell) for cell in (*cells, str(model.voices), model.state)))
+    wide = None if sys.stdout.isatty() else 200  # into a pipe or a file nothing is folded
+    Console(highlight=False, width=wide).print(
+        table if found else "There is none yet; a start unpacks the bundled one."
+    )
+
+
+@models.command("download")
+def download_model(
+    name: Annotated[str, typer.Argument(help="owner/name or owner/name@revision, as on the hub.")],
+) -> None:
+    """Bring a base model here, or its newest commit; a download that was cut goes on."""
+    from repertory import base_models
+
+    with complaining(), Progress(*DOWNLOAD_COLUMNS, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(name, total=None)
+
+        def tell(download: Download) -> None:
+            progress.update(bar, total=download.bytes_total, completed=download.bytes_done)
+
+        folder = base_models.download(name, machine_settings(), progress.console.print, tell)
+    typer.echo(f"{name} is in {folder}")
+
+
+@models.command("register")
+def register_model(
+    name: Annotated[str, typer.Argument(help="What jobs will call local/NAME.")],
+    path: Annotated[Path, typer.Argument(help="A model's folder, which stays where it is, or a .gguf file.")],
+) -> None:
+    """Name a model that is on this machine's disk already."""
+    from repertory import base_models
+
+    with complaining():
+        registered = base_models.register(name, path, machine_settings(), partial(typer.echo, err=True))
+    typer.echo(f'{registered} can be trained: "base_model": "{registered}"')
+
+
+@models.command("remove")
+def remove_model(
+    name: Annotated[str, typer.Argument(help="As `repertory models list` shows it, or with @ and a revision.")],
+    force: Annotated[bool, typer.Option("--force", help="Also if voices need it.")] = False,
+) -> None:
+    """Free the space of a base model; a registered folder itself is left alone."""
+    from repertory import base_models
+
+    with complaining():
+        removed = base_models.remove(name, machine_settings(), partial(typer.echo, err=True), force=force)
+    for model in removed:
+        typer.echo(f"{model.name}{f'@{model.revision}' if model.revision else ''} is removed")
+
+
+@contextmanager
+def complaining() -> Iterator[None]:
+    """Ends the command with a complaint and its exit code where something goes wrong."""
+    try:
+        yield
+    except RepertoryError as error:
+        complain(error)
+        raise typer.Exit(EXIT_CODES.get(type(error), 1)) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What has been downloaded is kept; the same command goes on with it.", err=True)
+        raise typer.Exit(7) from None
 
 
 def machine_settings() -> Settings:

@@ -221,7 +221,7 @@ def test_shortened_and_skipped_rows_are_counted(base: Base, make_spec: MakeSpec)
 
 def test_a_base_model_without_weights_or_tokenizer_is_estimated_from_its_config(tmp_path: Path) -> None:
     base = outlined(tmp_path, "4bit", "bf16")
-    assert base_module.renderer_in(tmp_path) is None
+    assert base_module.renderer_in(tmp_path, "x") is None
     request = EstimateRequest(
         key=base.key,
         conversations=[conversation(1, at) for at in range(10)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,11 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "unsupported_architecture",
         "names its weights itself",
     ),
+    "a template that fails": (
+        with_text("chat_template.jinja", "{{ 1 / 0 }}"),
+        "template_unusable",
+        "ZeroDivisionError",
+    ),
     "a long template": (with_text("chat_template.jinja", "x" * (2 << 20)), "unsafe_weights", "chat_template.jinja"),
 }
 
@@ -171,6 +177,20 @@ def test_a_hostile_folder_is_refused(folder: Path, load: Callable[[], base_modul
     assert (refused.value.code, words in refused.value.message) == (code, True), refused.value.message
     assert NAME in refused.value.message
     assert refused.value.cure
+
+
+def test_a_template_that_never_ends_is_given_up(
+    folder: Path, load: Callable[[], base_module.Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(endless)
+    monkeypatch.setattr(base_module, "TEMPLATE_SECONDS", 0.3)
+    with pytest.raises(BaseModelUnavailable, match=r"does not end within 0\.3 seconds"):
+        load()
+    for thread in threading.enumerate():
+        if thread.name == "chat-template":
+            thread.join(20)
+            assert not thread.is_alive(), "it goes on for hours and takes time from everything else"
 
 
 def test_a_sharded_model_in_the_cache_is_loaded_and_computes_what_it_says(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from repertory import architectures
 from repertory.contracts import BaseKey, Device
 from repertory.data.render import Renderer
-from repertory.errors import BaseModelUnavailable, InsufficientMemory
+from repertory.errors import BaseModelUnavailable, InsufficientMemory, RepertoryError
 from repertory.model.attention import (
     ATTENTION,
     CachedRows,
@@ -53,6 +55,7 @@ UNLOADABLE = (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_TOKENS = 32
 PADDING = 32
+TEMPLATE_SECONDS = 20.0  # rendering a few short conversations takes milliseconds
 
 
 def detect_device() -> Device:
@@ -241,7 +244,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         layers=layers,
         router=router,
         recomputation=Recomputation(blocks),
-        renderer=Renderer(tokenizer),
+        renderer=_renderer(tokenizer, name),
         max_positions=_max_positions(model.config),
         fingerprint=fingerprint(folder),
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
@@ -251,12 +254,42 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     return base
 
 
-def renderer_in(folder: Path) -> Renderer | None:
-    """Of the tokenizer in a base model's folder; None where there is none."""
+def renderer_in(folder: Path, name: str) -> Renderer | None:
+    """Of the tokenizer in a base model's folder; None where there is none. Raises BaseModelUnavailable."""
     try:
-        return Renderer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-    except (OSError, ValueError, ImportError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except UNLOADABLE:
         return None
+    return _renderer(tokenizer, name)
+
+
+def _renderer(tokenizer: Any, name: str) -> Renderer:
+    """A chat template is a program of whoever published the model: it may fail in any way, and it may never end."""
+    found: list[Renderer | BaseException] = []
+
+    def render() -> None:
+        try:
+            found.append(Renderer(tokenizer))
+        except BaseException as error:
+            found.append(error)
+
+    rendering = threading.Thread(target=render, name="chat-template", daemon=True)
+    rendering.start()
+    rendering.join(TEMPLATE_SECONDS)
+    if rendering.ident is not None and rendering.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(rendering.ident), ctypes.py_object(SystemExit))
+        why = f"does not end within {TEMPLATE_SECONDS:g} seconds"
+    elif isinstance(found[0], Renderer):
+        return found[0]
+    elif isinstance(found[0], RepertoryError):
+        raise found[0]
+    else:
+        why = f"fails ({type(found[0]).__name__}: {_first_line(found[0])[:120]})"
+    raise BaseModelUnavailable(
+        f"the chat template of the base model {name} {why}",
+        code="template_unusable",
+        cure="Choose another base model, or register a copy of its folder with a sound chat_template.jinja.",
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 
 from repertory.errors import BaseModelUnavailable
 from repertory.manifest import sync_folder
+
+# What the readers of GGUF raise for files that are damaged or that they do not understand.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    struct.error,
+)
 
 
 def convert(gguf: Path, folder: Path, name: str) -> None:
@@ -40,7 +54,7 @@ def _unpack(gguf: Path, folder: Path, name: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelUnavailable(
             f"the GGUF file of {name} cannot be unpacked: {reason}",

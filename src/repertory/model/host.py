@@ -127,7 +127,7 @@ class Host:
         assert self.device is not None
         folder = weights.locate_outline(key, settings())
         base.check_supported(key.base_model, folder, settings())
-        return base.outline(folder, key, self.device), base.renderer_in(folder)
+        return base.outline(folder, key, self.device), base.renderer_in(folder, key.base_model)
 
     @property
     def health(self) -> HostHealth:

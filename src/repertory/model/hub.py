@@ -167,15 +167,6 @@ class Hub:
                     self._file(client, snapshot, file, folder, Progress(snapshot.commit, 0))
         return folder
 
-    def answers(self) -> None:
-        """Returns where the hub can be reached. Raises BaseModelUnavailable with the reason and the cure."""
-        with self._client() as client:
-            self._unless_offline("The hub")
-            try:
-                client.head(self._endpoint)
-            except httpx.TransportError as error:
-                raise self._unreachable("The hub", error) from error
-
     def _client(self) -> httpx.Client:
         timeout = httpx.Timeout(self._timeout_seconds, connect=min(CONNECT_SECONDS, self._timeout_seconds))
         return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})

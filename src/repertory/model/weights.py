@@ -58,7 +58,7 @@ def locate(
     key = catalogue.pinned(key)
     folder = catalogue.beside_hub(name) if key.revision is None else None
     if folder is None:
-        _check_hub_name(key)
+        check_hub_name(name)
         folder = catalogue.snapshot(name, key.revision or "none")
         if not folder.is_dir():
             folder = Hub(settings).fetch(name, key.revision, say, tell)
@@ -78,7 +78,7 @@ def locate_outline(key: BaseKey, settings: Settings) -> Path:
         return locate(key, settings).folder
     folder = catalogue.beside_hub(key.base_model) if key.revision is None else None
     if folder is None:
-        _check_hub_name(key)
+        check_hub_name(key.base_model)
         folder = catalogue.snapshot(key.base_model, key.revision or "none")
         if not folder.is_dir():
             folder = Hub(settings).describe(key.base_model, key.revision)
@@ -123,7 +123,7 @@ def check(folder: Path, name: str) -> None:
     where: dict[str, str] = {}
     for path in weights:
         try:
-            with safe_open(path, "pt") as shard:
+            with safe_open(path, "np") as shard:
                 tensors = list(shard.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(name, f"{path.name} is no whole safetensors file ({_first_line(error)})") from error
@@ -206,9 +206,11 @@ def _check_bounds(config: dict[str, Any], name: str) -> None:
 
 def _check_needs_no_code(config: dict[str, Any], name: str) -> None:
     """Code beside a model is never downloaded nor run; most models that bring some also work without it."""
-    from transformers import CONFIG_MAPPING
+    if not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING  # takes a second
 
-    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in CONFIG_MAPPING:
         raise BaseModelUnavailable(
             f"the base model {name} works only with Python code that comes with it, which is never run",
             code="remote_code_required",
@@ -216,10 +218,11 @@ def _check_needs_no_code(config: dict[str, Any], name: str) -> None:
         )
 
 
-def _check_hub_name(key: BaseKey) -> None:
-    if not HUB_NAME.fullmatch(key.base_model) or key.base_model.startswith("local/"):
+def check_hub_name(name: str) -> None:
+    """Raises BaseModelUnavailable where no hub can have it."""
+    if not HUB_NAME.fullmatch(name) or name.startswith("local/"):
         raise BaseModelUnavailable(
-            f"there is no base model {key.base_model} on this machine, and it is no hub name (owner/model)",
+            f"there is no base model {name} on this machine, and it is no hub name (owner/model)",
             cure="See what there is with `repertory models list`; use owner/model as on the hub, or register a folder:"
             " repertory models register NAME PATH.",
         )
