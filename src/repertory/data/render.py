@@ -70,6 +70,7 @@ class _Piece:
     is_trained: bool = False
 
 
+_SYSTEM = Message(role="system", content="s")
 _EXCHANGE = [Message(role="user", content="u"), Message(role="assistant", content="a")]
 
 
@@ -81,25 +82,45 @@ def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:
     return [[*system, *messages[at:]] for at in starts if not is_answered or at < len(messages) - 1]
 
 
+def _with_control_tokens(tokenizer: Any, template: str) -> Any:
+    """The tokenizer, or a copy to which all the tokens that the template writes are special, so that nobody's words become one.
+
+    Qwen3's `<think>`, say, is an added token that is not special. White space is left what it is: text.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    written = [token for token in added if not token.special and token.content.strip() and token.content in template]
+    if not written:
+        return tokenizer
+    encoder = copy.deepcopy(tokenizer)
+    for token in written:
+        control = copy.deepcopy(token)
+        control.special = True
+        encoder.add_tokens([control], special_tokens=True)
+    return encoder
+
+
 class Renderer:
     """Chat rendering for one tokenizer. Raises BaseModelUnavailable where its template cannot be used."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.template: str = tokenizer.chat_template or DEFAULT_TEMPLATE
         # Encoding sets an option on the tokenizer, which fails while another thread uses it; decoding has its own.
         self._encoding = Lock()
         self._decoder = copy.deepcopy(tokenizer)
-        self.template: str = tokenizer.chat_template or DEFAULT_TEMPLATE
-        added = tokenizer.added_tokens_decoder
+        self._encoder = _with_control_tokens(tokenizer, self.template)
+        added = self._encoder.added_tokens_decoder
         self._special_ids: dict[str, int] = {token.content: at for at, token in added.items() if token.special}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.begins_with_space = self._begins_with_space()
-        self.takes_system = self._renders([Message(role="system", content="s"), Message(role="user", content="u")], "s")
+        self.takes_system = True
         self.takes_turns_only = not self._renders(
             [Message(role="user", content="u"), Message(role="user", content="v")], "v"
         )
+        self._opening = ""
         self._prompt_ends_bare = self._find_seam()
+        self.takes_system = self._takes_system()
         self.turn_end = self._find_turn_end()
 
     @property
@@ -179,18 +200,62 @@ class Renderer:
         )
 
     def _find_seam(self) -> bool:
-        """Whether the prompt ends without the white space that the template writes before an assistant's words."""
-        prompt = "".join(piece.text for piece in self._pieces(_EXCHANGE[:1], generation_prompt=True))
-        pieces = self._pieces(_EXCHANGE, generation_prompt=False)
-        words = next(at for at, piece in enumerate(pieces) if piece.is_reply)
-        header = "".join(piece.text for piece in pieces[:words])
-        if header != prompt and header.rstrip() != prompt:
+        """Whether a prompt ends without the white space that the template writes before an assistant's words."""
+        chat = [*_EXCHANGE, *_EXCHANGE]
+        try:
+            if self._differing(chat):  # Qwen3 writes the empty thoughts that end a prompt before the last reply alone
+                self._opening = self._find_opening()
+            differing = self._differing(chat)
+        except TemplateError as error:
+            raise BaseModelUnavailable(
+                f"the chat template refuses a plain conversation: {error}",
+                code="unsupported_template",
+                cure="Choose another base model, or correct its chat template.",
+            ) from error
+        if differing:
+            header, prompt = differing
             raise BaseModelUnavailable(
                 f"the chat template writes {header!r} before a reply it was given, but ends a prompt with {prompt!r}",
                 code="unsupported_template",
                 cure="Choose another base model, or correct its chat template's add_generation_prompt.",
             )
+        header, prompt = self._seams(chat)[0]
         return header != prompt
+
+    def _takes_system(self) -> bool:
+        """Whether the template has a place for a system prompt, and the same one in prompts and rows.
+
+        Mistral's newer ones write it into the last message, if that is the user's: into no row at all.
+        """
+        try:
+            return self._renders([_SYSTEM, _EXCHANGE[0]], "s") and not self._differing(
+                [_SYSTEM, *_EXCHANGE, *_EXCHANGE]
+            )
+        except TemplateError:
+            return False
+
+    def _find_opening(self) -> str:
+        """What a prompt has after its last message."""
+        asked = [{"role": "user", "content": "u"}]
+        prompt, bare = self._render(asked, True), self._render(asked, False)
+        return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+
+    def _differing(self, messages: list[Message]) -> tuple[str, str] | None:
+        """What stands before a reply in the row of `messages`, and its prompt, where that is another text."""
+        for header, prompt in self._seams(messages):
+            if header != prompt and header.rstrip() != prompt:
+                return header, prompt
+        return None
+
+    def _seams(self, messages: list[Message]) -> list[tuple[str, str]]:
+        """Of each reply: all that stands before it in the row, and the prompt that asks for it."""
+        row = self._pieces(messages, generation_prompt=False)
+        headers = ["".join(before.text for before in row[:at]) for at, piece in enumerate(row) if piece.is_reply]
+        asked = [messages[:at] for at, message in enumerate(messages) if message.role == "assistant"]
+        if len(headers) != len(asked):
+            raise TemplateError("it does not show what the assistant says")
+        prompts = ["".join(piece.text for piece in self._pieces(one, generation_prompt=True)) for one in asked]
+        return list(zip(headers, prompts, strict=True))
 
     def _pieces(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[_Piece]:
         messages = self._fitted(messages)
@@ -200,7 +265,8 @@ class Renderer:
             [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)], generation_prompt
         )
         pieces: list[_Piece] = []
-        for at, part in enumerate(re.split(f"\ue000{nonce}(\\d+)\ue001", text)):
+        parts = re.split(f"\ue000{nonce}(\\d+)\ue001", text)
+        for at, part in enumerate(parts):
             if at % 2:  # the number in a mark
                 message = messages[int(part)]
                 pieces.append(
@@ -210,9 +276,18 @@ class Renderer:
                         is_trained=message.is_trained,
                     )
                 )
+            elif at + 1 < len(parts) and messages[int(parts[at + 1])].role == "assistant":
+                pieces += self._template_pieces(self._opened(part))
             else:
                 pieces += self._template_pieces(part)
         return pieces
+
+    def _opened(self, text: str) -> str:
+        """What the template writes before a reply, ending as a prompt ends."""
+        for length in range(len(self._opening), 0, -1):
+            if text.endswith(self._opening[:length]):
+                return text + self._opening[length:]
+        return text
 
     def _template_pieces(self, text: str) -> list[_Piece]:
         pieces, end = [], 0
@@ -273,33 +348,42 @@ class Renderer:
         ids: list[int] = []
         labels: list[int] = []
         run = ""
-        is_trained = False
+        is_trained = is_after_space = False
         for piece in pieces:
             if piece.special is not None:
-                self._append(run, is_trained, ids, labels)
+                self._append(run, is_trained, is_after_space, ids, labels)
                 ids.append(piece.special)
                 labels.append(piece.special if is_trained else NO_LABEL)  # the turn end is trained, and ends training
-                run, is_trained = "", False
+                run, is_trained, is_after_space = "", False, False
             elif piece.is_reply:
                 # White space that the template writes before the words belongs to them: the prompt ends before it.
                 header = run.rstrip() if self._prompt_ends_bare else run
-                self._append(header, False, ids, labels)
+                self._append(header, False, is_after_space, ids, labels)
                 run, is_trained = run[len(header) :] + piece.text, piece.is_trained
+                is_after_space = header[-1:].isspace()
             else:
                 run += piece.text
-        self._append(run, is_trained, ids, labels)
+        self._append(run, is_trained, is_after_space, ids, labels)
         return ids, labels
 
-    def _append(self, text: str, is_trained: bool, ids: list[int], labels: list[int]) -> None:
-        if self.begins_with_space and text.startswith(" ") and ids:
-            text = text[1:]  # the tokenizer puts a space before every text by itself
+    def _append(self, text: str, is_trained: bool, is_after_space: bool, ids: list[int], labels: list[int]) -> None:
         if not text:
             return
-        # split_special_tokens: no word that someone typed becomes a control token
-        with self._encoding:
-            new: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if self.begins_with_space and is_after_space:  # the tokenizer would put another space between
+            new = self._encode(f"\n{text}")[len(self._encode("\n")) :]
+        elif self.begins_with_space and text.startswith(" ") and ids:
+            new = self._encode(text[1:])  # it puts a space before every text by itself
+        else:
+            new = self._encode(text)
         ids += new
         labels += new if is_trained else [NO_LABEL] * len(new)
+
+    def _encode(self, text: str) -> list[int]:
+        """split_special_tokens: no word that someone typed becomes a control token."""
+        if not text:
+            return []
+        with self._encoding:
+            return self._encoder(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[no-any-return]
 
     def _begins_with_space(self) -> bool:
         """SentencePiece habits: a text is tokenized as if a space stood before it."""
