@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
@@ -78,7 +79,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str | None = CHATML, added: Sequence[AddedToken] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level, as those of GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,22 +92,40 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
+    fast.add_tokens(list(added))
     fast.chat_template = template
     return fast
 
 
-def make_metaspace_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One that marks spaces as ▁ and puts one before every text, as SentencePiece does for Llama 2 and Mistral."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+def make_metaspace_tokenizer(
+    template: str | None, special: Sequence[str] = (), spaces: Literal["every", "first", "none"] = "every"
+) -> PreTrainedTokenizerFast:
+    """One that marks spaces as ▁ and falls back to bytes, as SentencePiece does.
+
+    It puts a space before `every` stretch of text between special tokens (Llama 2, Mistral, TinyLlama), before the
+    `first` one (newer Mistral), or before `none` (Gemma).
+    """
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
     bytes_of_all = [f"<0x{at:02X}>" for at in range(256)]
-    special = ["<unk>", "<s>", "</s>", *bytes_of_all]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    pieces = ["<unk>", "<s>", "</s>", *special, *bytes_of_all, "▁", *model["vocab"]]
+    vocabulary = {piece: at for at, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spaces == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif spaces == "every":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if spaces != "none":
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
     fast.chat_template = template
     return fast
 

@@ -10,30 +10,6 @@ from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Renderer, Row
 from repertory.errors import BaseModelUnavailable, InvalidInput
 
-# As published with the models, shortened where that changes nothing for these roles.
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
-    "{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
-)
-TEMPLATES = {"chatml": tiny.CHATML, "llama-2": LLAMA_2, "gemma": GEMMA, "none": None}
 CHAT = [
     Message(role="system", content="You are a helpful pirate."),
     Message(role="user", content="Hello!"),
@@ -43,81 +19,8 @@ CHAT = [
 ]
 
 
-def renderer_of(name: str) -> Renderer:
-    return Renderer(tiny.make_tokenizer(TEMPLATES[name]))
-
-
 def trained_text(renderer: Renderer, row: Row) -> str:
     return renderer.tokenizer.decode([label for label in row.labels if label != NO_LABEL])
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_only_the_assistants_words_and_turn_ends_are_trained(name: str) -> None:
-    renderer = renderer_of(name)
-    row = renderer.row(CHAT)
-    assert row is not None
-    replies = trained_text(renderer, row).replace(" ", "").split("<|im_end|>")
-    assert replies == ["Arr,matey!👩‍👩‍👧", "therum\nisgone", ""]
-    assert 0 < row.trained_tokens < len(row.input_ids)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_serving_prompts_are_exactly_what_training_rows_begin_with(name: str) -> None:
-    renderer = renderer_of(name)
-    row = renderer.row(CHAT)
-    assert row is not None
-    for answered in (2, 4):
-        prompt, dropped = renderer.prompt(CHAT[:answered])
-        assert row.input_ids[: len(prompt)] == prompt
-        assert row.labels[len(prompt) - 1] == NO_LABEL
-        assert row.labels[len(prompt)] != NO_LABEL
-        assert dropped == 0
-
-
-@pytest.mark.parametrize("name", ["chatml", "none"])
-def test_rows_are_what_the_tokenizer_makes_of_the_rendered_text(name: str) -> None:
-    renderer = renderer_of(name)
-    row = renderer.row(CHAT)
-    assert row is not None
-    asked = [message.model_dump() for message in CHAT]
-    text = renderer.tokenizer.apply_chat_template(asked, chat_template=renderer.template, tokenize=False)
-    assert renderer.tokenizer.decode(row.input_ids) == text
-
-
-def test_a_system_prompt_reaches_templates_that_know_no_system_role() -> None:
-    for name in ("llama-2", "gemma"):
-        renderer = renderer_of(name)
-        prompt, _ = renderer.prompt(CHAT[:2])
-        assert "helpful pirate" in renderer.tokenizer.decode(prompt)
-
-
-def test_templates_that_want_alternating_turns_get_them_without_losing_a_word() -> None:
-    renderer = renderer_of("gemma")
-    burst = [
-        Message(role="assistant", content="ahoy"),
-        Message(role="user", content="one"),
-        Message(role="user", content="two"),
-        Message(role="assistant", content="three"),
-        Message(role="assistant", content="four"),
-    ]
-    row = renderer.row(burst)
-    assert row is not None
-    text = renderer.tokenizer.decode(row.input_ids)
-    assert "one\ntwo" in text
-    assert trained_text(renderer, row) == "ahoy<|im_end|>three\nfour<|im_end|>"
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_an_assistants_message_of_weight_0_is_read_and_not_learned(name: str) -> None:
-    renderer = renderer_of(name)
-    told = [*CHAT[:2], CHAT[2].model_copy(update={"weight": 0}), *CHAT[3:]]
-    row, whole = renderer.row(told), renderer.row(CHAT)
-    assert row is not None
-    assert whole is not None
-    assert row.input_ids == whole.input_ids
-    assert trained_text(renderer, row).replace(" ", "") == "therum\nisgone<|im_end|>"
-    last_untrained = [*CHAT[:4], CHAT[4].model_copy(update={"weight": 0})]
-    assert renderer.row(last_untrained) == renderer.row(CHAT[:3])
 
 
 def test_weights_that_cannot_be_kept_are_refused() -> None:
@@ -152,7 +55,7 @@ def test_special_tokens_in_anyones_words_stay_words(pieces: list[str]) -> None:
     assert [i for i in row.input_ids if i in specials] == [i for i in empty.input_ids if i in specials]
 
 
-RENDERER = renderer_of("chatml")
+RENDERER = Renderer(tiny.make_tokenizer())
 
 
 def test_long_conversations_lose_their_oldest_exchanges_and_say_so() -> None:
@@ -195,21 +98,6 @@ def test_templates_that_write_the_date_write_the_same_one_every_day() -> None:
     dated = "{{ strftime_now('%d %b %Y') + ' ' + (date_string or '') }}" + tiny.CHATML
     renderer = Renderer(tiny.make_tokenizer(dated))
     assert renderer.tokenizer.decode(renderer.prompt(CHAT[:2])[0]).startswith("26 Jul 2024 26 Jul 2024")
-
-
-def test_a_tokenizer_that_puts_a_space_before_every_text_gets_no_second_one() -> None:
-    """SentencePiece's habit, with Llama 2's template: a reply begins with what the model would say after the prompt."""
-    renderer = Renderer(tiny.make_metaspace_tokenizer(LLAMA_2))
-    assert renderer.begins_with_space
-    row = renderer.row(CHAT)
-    assert row is not None
-    for answered in (2, 4):
-        prompt, _ = renderer.prompt(CHAT[:answered])
-        assert row.input_ids[: len(prompt)] == prompt
-        assert row.labels[len(prompt)] != NO_LABEL
-    first = [label for label in row.labels if label != NO_LABEL][:2]
-    assert "".join(renderer.tokenizer.convert_ids_to_tokens(first)).startswith("▁A")
-    assert "Arr, matey! 👩‍👩‍👧" in trained_text(renderer, row)
 
 
 def test_a_template_whose_replies_would_never_end_is_refused() -> None:

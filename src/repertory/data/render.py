@@ -37,7 +37,7 @@ DEFAULT_TEMPLATE = (
     "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
     "{% else %}{{ 'Assistant: ' + message['content'] + eos_token + '\n' }}{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"  # a word's token begins with its space
 )
 
 
@@ -83,7 +83,7 @@ def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:
 
 
 def _with_control_tokens(tokenizer: Any, template: str) -> Any:
-    """The tokenizer, or a copy to which all the tokens that the template writes are special, so that nobody's words become one.
+    """The tokenizer, or a copy to which all tokens that the template writes are special: no one's words become them.
 
     Qwen3's `<think>`, say, is an added token that is not special. White space is left what it is: text.
     """

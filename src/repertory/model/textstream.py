@@ -1,4 +1,7 @@
-"""Tokens to text as they come: only what decodes cleanly, and nothing that may turn out to be a stop string."""
+"""Tokens to text as they come: only what decodes cleanly, and nothing that may turn out to be a stop string.
+
+White space around a reply is left out, as it is in training: some templates put a space of their own there.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ class TextStream:
         self._context = 0  # tokens before this are not decoded again
         self._told = 0  # tokens before this have become text
         self._held = ""  # text that may be the beginning of a stop string
+        self._has_begun = False
+        self._blank = ""  # white space that belongs to the reply if more comes
         self.is_stopped = False
 
     def push(self, token: int) -> str:
@@ -26,7 +31,7 @@ class TextStream:
         if text.endswith(REPLACEMENT):
             return ""
         self._context, self._told = self._told, len(self._ids)
-        return self._without_stop(text)
+        return self._trimmed(self._without_stop(text))
 
     def rest(self) -> str:
         """What was held back, once no token follows. Nothing if a stop string was found."""
@@ -35,12 +40,21 @@ class TextStream:
         text = self._without_stop(self._new_text() if self._told < len(self._ids) else "")
         if not self.is_stopped:
             text, self._held = text + self._held, ""
-        return text
+        return self._trimmed(text)
 
     def _new_text(self) -> str:
         """Text of the tokens not told yet. Decoded after some that were, since a token's text depends on its left."""
         before = self._decode(self._ids[self._context : self._told])
         return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _trimmed(self, text: str) -> str:
+        if not self._has_begun:
+            text = text.lstrip()
+            self._has_begun = bool(text)
+        text = self._blank + text
+        told = text.rstrip()
+        self._blank = text[len(told) :]
+        return told
 
     def _without_stop(self, text: str) -> str:
         text = self._held + text
