@@ -26,7 +26,7 @@ from repertory.errors import ErrorInfo, InvalidInput
 BUNDLED_MODEL = "bundled/SmolLM2-135M-Instruct"
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Quantization = Literal["none", "8bit", "4bit"]
+Quantization = Literal["none", "8bit", "4bit", "fp4"]  # 4bit is NF4
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 OrgId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -68,7 +68,20 @@ class Hyperparameters(Contract):
     def one_quantization(self) -> Hyperparameters:
         if self.use_4bit and self.use_8bit:
             raise ValueError("use_4bit and use_8bit are both true; choose one of them, or neither for no quantization")
+        asked, compute = self.dtype, self.compute_dtype
+        if not (self.use_8bit or self.use_4bit is False or asked in (None, "auto", compute) or compute is None):
+            raise ValueError(
+                f"dtype {asked} and bnb_4bit_compute_dtype {compute} differ, and 4-bit weights are computed in the"
+                " precision of all the rest; set one of them"
+            )
         return self
+
+    @property
+    def compute_dtype(self) -> Dtype | None:
+        """`bnb_4bit_compute_dtype` by its short name."""
+        short: dict[str | None, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        asked = self.bnb_4bit_compute_dtype
+        return short.get(asked, asked)  # type: ignore[arg-type]
 
     def check_device(self, kind: str) -> None:
         """Raises InvalidInput where a device of this kind (cpu or cuda) cannot do what is asked for."""
@@ -81,12 +94,18 @@ class Hyperparameters(Contract):
             )
 
     def over(self, defaults: Hyperparameters) -> Hyperparameters:
-        """These values, and where unset those of `defaults`. Asking for one quantization overrules the other."""
+        """These values, and where unset those of `defaults`. Asking for one quantization overrules the other, and for
+        one precision that of 4-bit weights.
+        """
         mine = self.model_dump(exclude_none=True)
         theirs = defaults.model_dump(exclude_none=True)
         if mine.get("use_4bit") or mine.get("use_8bit"):
             theirs.pop("use_4bit", None)
             theirs.pop("use_8bit", None)
+        if "dtype" in mine:
+            theirs.pop("bnb_4bit_compute_dtype", None)
+        if "bnb_4bit_compute_dtype" in mine:
+            theirs.pop("dtype", None)
         return Hyperparameters.model_validate(theirs | mine)
 
 
@@ -118,10 +137,12 @@ class BaseKey(Contract):
         if hyperparameters.use_8bit:
             quantization = "8bit"
         elif hyperparameters.use_4bit or (device.kind == "cuda" and hyperparameters.use_4bit is None):
-            quantization = "4bit"
+            quantization = "fp4" if hyperparameters.bnb_4bit_quant_type == "fp4" else "4bit"
         dtype: Dtype
         if hyperparameters.dtype in ("fp32", "bf16", "fp16"):
             dtype = hyperparameters.dtype
+        elif quantization in ("4bit", "fp4") and hyperparameters.compute_dtype is not None:
+            dtype = hyperparameters.compute_dtype
         elif device.has_bf16:
             dtype = "bf16"
         else:

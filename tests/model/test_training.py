@@ -452,18 +452,6 @@ def test_an_adapter_that_disk_changed_is_not_published(
     assert failed.value.code == "reload_mismatch"
 
 
-def test_nf4_and_int8_bases_train_and_speak(load_base: LoadBase, make_spec: MakeSpec) -> None:
-    for quantization in ("4bit", "8bit"):
-        base = load_base("llama-gqa", "fp32", quantization)
-        spec = make_spec(16, training_id=f"train_{quantization}", num_train_epochs=3)
-        events = run_to_end(base, spec)
-        assert events[-1].kind == "completed"
-        losses = list(steps_of(events).values())
-        assert losses[-1] < losses[0]
-        assert events[-1].data["quantization"] == quantization
-        assert events[-1].data["report"]["test_responses"]
-
-
 def test_a_version_is_served_only_on_the_base_it_was_trained_on(
     base: Base, load_base: LoadBase, make_spec: MakeSpec
 ) -> None:

@@ -59,6 +59,10 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "34 batch 0": ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size"),
     "paged on a CPU": ({"hyperparameters": {"optimizer": "paged_adamw_8bit"}}, "hyperparameters.optimizer"),
     "no such optimizer": ({"hyperparameters": {"optimizer": "sgd"}}, "hyperparameters.optimizer"),
+    "two precisions": (
+        {"hyperparameters": {"use_4bit": True, "dtype": "fp32", "bnb_4bit_compute_dtype": "bf16"}},
+        "hyperparameters",
+    ),
     "35 split 1": ({"validation_split": 1}, "validation_split"),
     "35 split negative": ({"validation_split": -0.1}, "validation_split"),
     "36 length 0": ({"hyperparameters": {"max_seq_length": 0}}, "hyperparameters.max_seq_length"),
@@ -371,11 +375,6 @@ def test_bound_to_loopback_pages_of_other_origins_are_refused(service: RunningSe
     answer = service.client.post("/models/unload?org_id=x", headers={"origin": origin})
     assert (answer.status_code, error_of(answer)["code"]) == (403, "host_not_allowed")
     assert service.client.get("/health", headers={"origin": "http://localhost:8300"}).status_code == 200
-
-
-def test_quantization_details_are_not_for_a_job_to_set(service: RunningService) -> None:
-    body = {"org_id": "x", "conversations": [CONVERSATION], "hyperparameters": {"bnb_4bit_quant_type": "fp4"}}
-    assert service.client.post("/training/start", json=body).status_code == 422
 
 
 def test_text_of_every_kind_is_accepted_and_kept_byte_for_byte(service: RunningService) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -203,7 +204,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             folder,
             dtype=dtype,
             device_map={"": torch_device},
-            quantization_config=_quantization(key, settings),
+            quantization_config=_quantization(key),
             attn_implementation=ATTENTION,
             use_safetensors=True,
             trust_remote_code=False,
@@ -300,17 +301,19 @@ def _precision(key: BaseKey) -> str:
     return key.dtype if key.quantization == "none" else f"{key.quantization}, computing in {key.dtype}"
 
 
-def _quantization(key: BaseKey, settings: Settings) -> BitsAndBytesConfig | None:
+# At every product of an 8-bit layer it would say that inputs are cast, which for bf16 and fp32 is always so.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _quantization(key: BaseKey) -> BitsAndBytesConfig | None:
     if key.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if key.quantization == "4bit":
-        compute = settings.bnb_4bit_compute_dtype
-        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    if key.quantization in ("4bit", "fp4"):
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=settings.bnb_4bit_quant_type or "nf4",
+            bnb_4bit_quant_type="fp4" if key.quantization == "fp4" else "nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[short.get(compute, compute) if compute else key.dtype],
+            bnb_4bit_compute_dtype=DTYPES[key.dtype],
         )
     return None
 

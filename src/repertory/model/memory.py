@@ -23,7 +23,8 @@ from repertory.model.attention import MOST_WRITTEN_OUT
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # NF4 and FP4: half a byte, an 8-bit scale per 64 weights, and an fp32 scale per 256 of those ("double quantization",
 # https://arxiv.org/abs/2305.14314). 8-bit: a byte, and an fp32 scale per output feature, which is next to nothing.
-QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+QUANTIZED_BYTES = {"4bit": FOUR_BITS, "fp4": FOUR_BITS, "8bit": 1.0}
 LOGITS_POSITIONS = 128  # `microbatch.LOGITS_CHUNK`, which cannot be imported from here
 BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and the gradient: measured, see the test
 # What glibc takes from the system for what torch allocates: freed blocks that nothing later fits into. Measured, see
@@ -285,5 +286,5 @@ def _keys(key: BaseKey) -> Iterator[BaseKey]:
     yield key
     if key.quantization == "none":
         yield key.model_copy(update={"quantization": "8bit"})
-    if key.quantization != "4bit":
+    if key.quantization not in ("4bit", "fp4"):
         yield key.model_copy(update={"quantization": "4bit"})

@@ -34,8 +34,6 @@ class StartTraining(Request):
 
     @model_validator(mode="after")
     def one_number_of_epochs(self) -> StartTraining:
-        if self.hyperparameters.bnb_4bit_quant_type or self.hyperparameters.bnb_4bit_compute_dtype:
-            raise ValueError("bnb_4bit_quant_type and bnb_4bit_compute_dtype are set for the machine, not for a job")
         both = (self.num_epochs, self.hyperparameters.num_train_epochs)
         if None not in both and both[0] != both[1]:
             raise ValueError("num_epochs and hyperparameters.num_train_epochs differ; send one of them")
