@@ -2,81 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from repertory.contracts import AdapterRef, RunSpec
+from repertory.contracts import AdapterRef
 from repertory_fixtures import MakeSpec, conversation
-
-DEADLINE_SECONDS = 60.0
-
-
-def eventually(check: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not (value := check()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
-class HostProcess:
-    def __init__(self, cache: Path, socket: Path, base_model: str, *flags: str) -> None:
-        self.socket = socket
-        command = [sys.executable, "-m", "repertory.model.host", "--socket", str(socket), "--base-model", base_model]
-        self.process = subprocess.Popen(
-            [*command, *flags],
-            stdin=subprocess.PIPE,
-            env=os.environ | {"MODEL_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-        transport = httpx.HTTPTransport(uds=str(socket))
-        self.client = httpx.Client(transport=transport, base_url="http://host", timeout=DEADLINE_SECONDS)
-
-    def health(self) -> dict[str, Any]:
-        return dict(self.client.get("/health").json())
-
-    def until(self, *states: str) -> dict[str, Any]:
-        eventually(self.socket.exists)
-        return dict(eventually(lambda: (health := self.health())["state"] in states and health))
-
-    def generate(self, adapter: AdapterRef | None = None, **asked: Any) -> list[dict[str, Any]]:
-        with self.client.stream("POST", "/generate", json=request(adapter, **asked)) as answer:
-            return [json.loads(line) for line in answer.iter_lines()]
-
-    def run(self, spec: RunSpec) -> Iterator[dict[str, Any]]:
-        with self.client.stream("POST", "/runs", json=spec.model_dump()) as answer:
-            for line in answer.iter_lines():
-                yield json.loads(line)
-
-    def close(self) -> None:
-        self.client.close()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(DEADLINE_SECONDS)
-
-
-def request(adapter: AdapterRef | None, **asked: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "max_tokens": 12}
-    messages = [{"role": "user", "content": "Hello!"}]
-    about = {"request_id": "r", "org_id": "org", "adapter": adapter.model_dump() if adapter else None}
-    return about | {"messages": messages} | values | asked
+from running_host import DEADLINE_SECONDS, RunningHost, eventually, request
 
 
 @pytest.fixture(scope="module")
-def host(cache: Path) -> Iterator[HostProcess]:
+def host(cache: Path) -> Iterator[RunningHost]:
     with tempfile.TemporaryDirectory() as folder:
-        host = HostProcess(
+        host = RunningHost(
             cache, Path(folder) / "h.sock", "tiny/llama-gqa", "--quantization", "none", "--dtype", "fp32"
         )
         assert host.until("ready", "failed")["state"] == "ready"
@@ -88,7 +34,7 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
     return "".join(chunk.get("text", "") for chunk in chunks)
 
 
-def test_health_says_what_is_held(host: HostProcess) -> None:
+def test_health_says_what_is_held(host: RunningHost) -> None:
     health = host.health()
     assert health["key"] == {"base_model": "tiny/llama-gqa", "revision": None, "quantization": "none", "dtype": "fp32"}
     assert health["device"]["kind"] in ("cpu", "cuda")
@@ -96,7 +42,7 @@ def test_health_says_what_is_held(host: HostProcess) -> None:
     assert health["memory_bytes"] > 0
 
 
-def test_a_voice_is_trained_loaded_asked_evaluated_and_unloaded(host: HostProcess, make_spec: MakeSpec) -> None:
+def test_a_voice_is_trained_loaded_asked_evaluated_and_unloaded(host: RunningHost, make_spec: MakeSpec) -> None:
     spec = make_spec()
     events = list(host.run(spec))
     assert events[-1]["kind"] == "completed"
@@ -123,7 +69,7 @@ def test_a_voice_is_trained_loaded_asked_evaluated_and_unloaded(host: HostProces
     assert host.health()["adapters"] == []
 
 
-def test_requests_are_answered_while_a_run_trains(host: HostProcess, make_spec: MakeSpec) -> None:
+def test_requests_are_answered_while_a_run_trains(host: RunningHost, make_spec: MakeSpec) -> None:
     spec = make_spec(200, training_id="train_long", num_train_epochs=20)
     events: list[dict[str, Any]] = []
     following = threading.Thread(target=lambda: events.extend(host.run(spec)))
@@ -139,7 +85,7 @@ def test_requests_are_answered_while_a_run_trains(host: HostProcess, make_spec: 
     assert host.client.delete("/runs/train_long").status_code == 404
 
 
-def test_a_run_cannot_be_started_twice_and_the_first_goes_on(host: HostProcess, make_spec: MakeSpec) -> None:
+def test_a_run_cannot_be_started_twice_and_the_first_goes_on(host: RunningHost, make_spec: MakeSpec) -> None:
     spec = make_spec(200, training_id="train_twice", num_train_epochs=50)
     first = host.run(spec)
     next(first)
@@ -151,14 +97,14 @@ def test_a_run_cannot_be_started_twice_and_the_first_goes_on(host: HostProcess, 
     first.close()
 
 
-def test_a_run_that_nobody_follows_any_more_stops(host: HostProcess, make_spec: MakeSpec) -> None:
+def test_a_run_that_nobody_follows_any_more_stops(host: RunningHost, make_spec: MakeSpec) -> None:
     events = host.run(make_spec(200, training_id="train_lonely", num_train_epochs=50))
     next(events)
     events.close()
     eventually(lambda: host.health()["runs"] == [])
 
 
-def test_a_reader_who_goes_away_frees_the_row(host: HostProcess) -> None:
+def test_a_reader_who_goes_away_frees_the_row(host: RunningHost) -> None:
     endless = request(None, max_tokens=900, temperature=1.0, seed=1)
     with host.client.stream("POST", "/generate", json=endless) as answer:
         next(answer.iter_lines())
@@ -166,7 +112,7 @@ def test_a_reader_who_goes_away_frees_the_row(host: HostProcess) -> None:
     eventually(lambda: host.health()["running"] == 0)
 
 
-def test_a_run_of_which_one_step_fails_says_why_and_the_host_goes_on(host: HostProcess, make_spec: MakeSpec) -> None:
+def test_a_run_of_which_one_step_fails_says_why_and_the_host_goes_on(host: RunningHost, make_spec: MakeSpec) -> None:
     events = list(host.run(make_spec(training_id="train_bad", lora_r=999)))
     assert events[-1]["kind"] == "failed"
     assert "lora_r 999" in events[-1]["error"]["message"]
@@ -174,7 +120,7 @@ def test_a_run_of_which_one_step_fails_says_why_and_the_host_goes_on(host: HostP
 
 
 def test_a_damaged_adapter_is_an_error_for_that_voice_alone(
-    host: HostProcess, make_spec: MakeSpec, tmp_path: Path
+    host: RunningHost, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     ref = AdapterRef(org_id="org", training_id="train_gone", path=str(tmp_path / "nowhere"))
     answer = host.client.post("/generate", json=request(ref))
@@ -183,7 +129,7 @@ def test_a_damaged_adapter_is_an_error_for_that_voice_alone(
     assert text_of(host.generate(None))
 
 
-def test_what_is_no_request_is_refused(host: HostProcess) -> None:
+def test_what_is_no_request_is_refused(host: RunningHost) -> None:
     assert host.client.post("/generate", json={"org_id": "x"}).status_code == 422
     too_long = host.client.post("/generate", json=request(None, max_tokens=100_000))
     assert too_long.status_code == 422
@@ -194,7 +140,7 @@ def test_a_base_model_that_cannot_be_had_fails_with_its_name_the_reason_and_the_
     cache: Path, tmp_path: Path
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        host = HostProcess(cache, Path(folder) / "h.sock", "meta-llama/Llama-2-7b-chat-hf")
+        host = RunningHost(cache, Path(folder) / "h.sock", "meta-llama/Llama-2-7b-chat-hf")
         error = host.until("failed", "ready")["error"]
         host.close()
     assert error["code"] == "base_model_unavailable"
