@@ -14,7 +14,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from repertory import architectures
 from repertory.catalogue import HUB, LOCAL, LOCAL_NAME, BaseModel, Catalogue, named
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Download, Hyperparameters
 from repertory.errors import BaseModelUnavailable, Conflict, InvalidInput, NotFound
@@ -54,10 +53,10 @@ def download(asked: str, settings: Settings, say: Callable[[str], None], tell: C
         key = BaseKey(base_model=name, quantization="none", dtype="bf16")
         return weights.locate(key, settings, say, tell).folder
     weights.check_hub_name(name)
-    folder = Hub(settings).fetch(name, revision, say, tell)
+    folder = Hub(settings).fetch(
+        name, revision, say, tell, lambda described: weights.check_supported(name, described, settings)
+    )
     weights.check(folder, name)
-    if problem := architectures.problem_with(name, folder, settings):
-        raise BaseModelUnavailable(problem, code=architectures.CODE, cure=architectures.CURE)
     return folder
 
 
@@ -204,9 +203,8 @@ def _check_loads(folder: Path, name: str, settings: Settings, say: Callable[[str
     say(f"checking {folder}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InvalidInput(f"{folder} may not be read.", cure="Give the service's user the right to read it.")
+    weights.check_supported(name, folder, settings)
     weights.check(folder, name)
-    if problem := architectures.problem_with(name, folder, settings):
-        raise BaseModelUnavailable(problem, code=architectures.CODE, cure=architectures.CURE)
     from repertory.model import base  # imports torch, which takes seconds
 
     device = base.detect_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,22 +11,29 @@ from typing import Any
 
 import pytest
 
+from fake_hub import running_hub
+from repertory import architectures
 from repertory_fixtures import conversation
 from running_service import RunningService, eventually
 
 
 @pytest.fixture(scope="module")
 def service(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    running = RunningService(
-        tmp_path_factory.mktemp("service"),
-        HOST_MODULE="repertory.model.host",
-        MODEL_CACHE_DIR=str(cache),
-        DEFAULT_BASE_MODEL="tiny/llama-gqa",
-        HF_HUB_OFFLINE="1",
-        OMP_NUM_THREADS="1",
-    )
-    yield running.until_ready()
-    assert running.stop() == 0
+    repository = tmp_path_factory.mktemp("repository")
+    shutil.copy(cache / "tiny/llama-gqa/model.safetensors", repository)
+    (repository / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    with running_hub() as hub:
+        hub.add("acme/mamba", repository)
+        running = RunningService(
+            tmp_path_factory.mktemp("service"),
+            HOST_MODULE="repertory.model.host",
+            MODEL_CACHE_DIR=str(cache),
+            DEFAULT_BASE_MODEL="tiny/llama-gqa",
+            HF_ENDPOINT=hub.url,
+            OMP_NUM_THREADS="1",
+        )
+        yield running.until_ready()
+        assert running.stop() == 0
 
 
 def chats(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -108,7 +116,7 @@ def test_a_base_model_that_is_not_in_memory_is_estimated_without_loading_it(serv
     assert len(service.client.get("/health").json()["hosts"]) == hosts
     missing = service.client.post("/training/estimate", json=body | {"base_model": "meta-llama/Llama-2-7b-chat-hf"})
     assert missing.status_code == 503
-    assert missing.json()["error"]["code"] == "base_model_unavailable"
+    assert missing.json()["error"]["code"] == "base_model_not_found"
     assert "HUGGINGFACE_TOKEN" in missing.json()["error"]["cure"]
     endless = [{"role": "user", "content": "sing"}, {"role": "assistant", "content": "arr " * 900}]
     too_long = service.client.post("/training/estimate", json=body | {"conversations": [{"messages": endless}]})
@@ -202,7 +210,7 @@ def test_a_base_model_that_cannot_be_had_fails_the_job_with_its_name_reason_and_
     training_id = service.train("org_123", base_model="meta-llama/Llama-2-7b-chat-hf")
     job = service.until(training_id, "failed", "completed")
     assert job["status"] == "failed"
-    assert job["error"]["code"] == "base_model_unavailable"
+    assert job["error"]["code"] == "base_model_not_found"
     assert "meta-llama/Llama-2-7b-chat-hf" in job["error"]["message"]
     assert "HUGGINGFACE_TOKEN" in job["error"]["cure"]
 
@@ -237,3 +245,13 @@ def test_nothing_is_left_behind_in_the_temporary_folder(service: RunningService)
     assert not any(folder.exists() for folder in folders)
     service.start()
     service.until_ready()
+
+
+def test_an_unsupported_architecture_that_is_on_the_hub_alone_fails_its_job_with_the_list(
+    service: RunningService,
+) -> None:
+    training_id = service.train("org", base_model="acme/mamba")
+    eventually(lambda: service.status(training_id)["status"] == "failed")
+    error = service.status(training_id)["error"]
+    assert error["code"] == "unsupported_architecture"
+    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())

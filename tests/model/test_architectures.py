@@ -195,8 +195,8 @@ def test_every_supported_architecture_is_tested_and_no_other_is_called_supported
 
 WINDOW = {"num_key_value_heads": 2, "sliding_window": 16}
 OTHERWISE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "recurrent": ("rwkv", {}, "attribute"),
-    "state space": ("mamba", {"state_size": 4}, "attribute"),
+    "recurrent": ("rwkv", {}, "packed rows|attribute"),
+    "state space": ("mamba", {"state_size": 4}, "packed rows"),
     "some blocks without attention": ("qwen3_next", {}, "have no attention"),
     "attention of its own": ("bloom", {}, "have no attention"),
     "attention that cannot be exchanged": ("falcon", {}, "cannot be exchanged"),

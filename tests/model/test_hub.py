@@ -18,6 +18,7 @@ import pytest
 
 import tiny
 from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
+from repertory import architectures
 from repertory.catalogue import Catalogue
 from repertory.contracts import BaseKey, Download
 from repertory.errors import BaseModelUnavailable
@@ -141,7 +142,9 @@ def test_a_name_means_what_it_meant_when_it_was_first_downloaded(
     fetch(settings)
     new = hub.add(NAME, sharded)  # main moves on
     assert fetch(settings).key.revision == old
-    Hub(settings).fetch(NAME, None, weights.silent, weights.silent)  # as `repertory models download` does
+    Hub(settings).fetch(
+        NAME, None, weights.silent, weights.silent, weights.silent
+    )  # as `repertory models download` does
     assert fetch(settings).key.revision == new
     assert fetch(settings, old).key.revision == old  # and what older voices stand on is still here
 
@@ -431,6 +434,19 @@ def test_a_repository_without_safetensors_is_refused_before_anything_comes(
     assert error.code == "unsafe_weights"
     assert cure in error.cure
     assert len(hub.requests) == 1
+
+
+def test_an_unsupported_architecture_is_refused_before_its_weights_come(
+    hub: FakeHub, cache: Path, single: Path, tmp_path: Path
+) -> None:
+    repository = shutil.copytree(single, tmp_path / "repository")
+    (repository / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    hub.add(NAME, repository)
+    error = refusal(settings_for(hub, cache))
+    assert error.code == "unsupported_architecture"
+    assert all(name in error.cure for name in architectures.SUPPORTED.values())
+    assert not hub.downloads(SINGLE)
+    assert weights.locate(key(), settings_for(hub, cache, default_base_model=NAME)).folder.is_dir()  # may be tried
 
 
 @pytest.mark.parametrize(

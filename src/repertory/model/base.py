@@ -189,7 +189,6 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
     """
     located = locate(key, settings, say)
     folder, key = located.folder, located.key
-    check_supported(name, folder, settings)
     say(f"loading {name} ({_precision(key)}) on {device.name}")
     _check_memory(folder, key, device, settings)
     torch_device = _torch_device(device)
@@ -393,12 +392,6 @@ def _parts(model: Any, name: str) -> tuple[nn.Module, nn.ModuleList, str]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return body, module, found
     raise _unsupported(name, "its blocks were not found")
-
-
-def check_supported(name: str, folder: Path, settings: Settings) -> None:
-    """Raises BaseModelUnavailable where config.json tells already that loading it would be in vain."""
-    if problem := architectures.problem_with(name, folder, settings):
-        raise BaseModelUnavailable(problem, code=architectures.CODE, cure=architectures.CURE)
 
 
 def _unsupported(name: str, why: str) -> BaseModelUnavailable:

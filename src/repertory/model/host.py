@@ -126,7 +126,6 @@ class Host:
             return ours, ours.renderer
         assert self.device is not None
         folder = weights.locate_outline(key, settings())
-        base.check_supported(key.base_model, folder, settings())
         return base.outline(folder, key, self.device), base.renderer_in(folder, key.base_model)
 
     @property

@@ -136,10 +136,17 @@ class Hub:
         self._timeout_seconds = float(settings.hf_hub_download_timeout)
         self._catalogue = Catalogue(settings.model_cache_dir)
 
-    def fetch(self, name: str, revision: str | None, say: Callable[[str], None], tell: Tell) -> Path:
+    def fetch(
+        self,
+        name: str,
+        revision: str | None,
+        say: Callable[[str], None],
+        tell: Tell,
+        check: Callable[[Path], None],
+    ) -> Path:
         """The whole snapshot, from the cache or brought there. Of several processes that call this at once one works.
 
-        Raises BaseModelUnavailable.
+        `check` may refuse the folder when everything but the weights is there. Raises BaseModelUnavailable.
         """
         with self._client() as client:
             snapshot = self._resolved(client, name, revision)
@@ -147,7 +154,7 @@ class Hub:
             with alone(whole.parent / ".lock", lambda: say(f"{name} is being downloaded by another process")):
                 if not whole.is_dir():
                     say(f"downloading {name}")
-                    self._bring(client, snapshot, tell)
+                    self._bring(client, snapshot, tell, check)
                     sync_folder(self._catalogue.partial(name, snapshot.commit))
                     self._catalogue.partial(name, snapshot.commit).rename(whole)
                     sync_folder(whole.parent)
@@ -171,7 +178,7 @@ class Hub:
         timeout = httpx.Timeout(self._timeout_seconds, connect=min(CONNECT_SECONDS, self._timeout_seconds))
         return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})
 
-    def _bring(self, client: httpx.Client, snapshot: Snapshot, tell: Tell) -> None:
+    def _bring(self, client: httpx.Client, snapshot: Snapshot, tell: Tell, check: Callable[[Path], None]) -> None:
         folder = self._catalogue.partial(snapshot.name, snapshot.commit)
         snapshot.check()
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +190,9 @@ class Hub:
         progress = Progress(snapshot.commit, sum(file.size for file in wanted), tell, done=here)
         _check_space(snapshot.name, folder, progress.total - here)
         progress.add(0)
-        for file in wanted:
+        for number, file in enumerate(wanted):
+            if number == len(descriptions):
+                check(folder)
             self._file(client, snapshot, file, folder, progress)
         for path in folder.glob("*.part"):
             path.unlink()  # of files that another attempt wanted

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from repertory import architectures
 from repertory.catalogue import HUB_NAME, Catalogue
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Download
 from repertory.errors import BaseModelUnavailable
@@ -61,8 +62,11 @@ def locate(
         check_hub_name(name)
         folder = catalogue.snapshot(name, key.revision or "none")
         if not folder.is_dir():
-            folder = Hub(settings).fetch(name, key.revision, say, tell)
+            folder = Hub(settings).fetch(
+                name, key.revision, say, tell, lambda described: check_supported(name, described, settings)
+            )
             key = key.model_copy(update={"revision": folder.name})
+    check_supported(name, folder, settings)
     check(folder, name)
     return Located(folder, key)
 
@@ -82,8 +86,15 @@ def locate_outline(key: BaseKey, settings: Settings) -> Path:
         folder = catalogue.snapshot(key.base_model, key.revision or "none")
         if not folder.is_dir():
             folder = Hub(settings).describe(key.base_model, key.revision)
+    check_supported(key.base_model, folder, settings)
     check_description(folder, key.base_model)
     return folder
+
+
+def check_supported(name: str, folder: Path, settings: Settings) -> None:
+    """Raises BaseModelUnavailable where config.json tells already that loading it would be in vain."""
+    if problem := architectures.problem_with(name, folder, settings):
+        raise BaseModelUnavailable(problem, code=architectures.CODE, cure=architectures.CURE)
 
 
 def fingerprint(folder: Path) -> str:
