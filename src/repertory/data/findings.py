@@ -63,6 +63,32 @@ CODES: dict[str, Code] = {
         "The assistant in this export is a provider's model, whose terms may forbid training others on it.",
         "Read the provider's terms, or make the user the persona: --persona user.",
     ),
+    # preparing
+    "little_data": Code(
+        "warning",
+        "There is little to learn from; a voice wants a hundred conversations or more, and a thousand is better.",
+        "Add more of the persona's history.",
+    ),
+    "one_sided": Code(
+        "warning",
+        "Nobody else speaks in this history, so nothing can be learned of how the persona answers.",
+        "Import an export of whole channels.",
+    ),
+    "persona_speaks_little": Code(
+        "warning",
+        "The persona wrote less than one in twenty of the messages.",
+        "Check that it is the right author, and that all its accounts are named.",
+    ),
+    "persona_alike": Code(
+        "note",
+        "Another author's name is like the persona's: perhaps a second account.",
+        "If so, name that author as the persona too.",
+    ),
+    "times_unknown": Code(
+        "note",
+        "The history has no times, so what is held out is drawn, and pauses part nothing.",
+        "Nothing, if the format has none.",
+    ),
     "turns_not_trained": Code(
         "note", "An assistant turn has weight 0; it is context and not learned from.", "Nothing."
     ),

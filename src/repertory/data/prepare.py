@@ -24,6 +24,7 @@ class Split:
 def split(conversations: Sequence[Conversation], share: float, seed: int) -> Split:
     """Hold out `share` of the conversations: the latest where all have a time, since the future is what a voice meets.
 
+    Conversations of one moment, as the parts of one session are, stay on one side, so it may be a little more or less.
     Otherwise they are drawn. At least one is held out where there are two, at least 10 where there are 100, at most
     MAX_HELD_OUT, and none where `share` is 0 or there is a single conversation.
     """
@@ -37,9 +38,16 @@ def split(conversations: Sequence[Conversation], share: float, seed: int) -> Spl
     order = list(range(count))
     if len(known) == count:
         order.sort(key=lambda at: (known[at], at))
+        wanted = count - _whole_moment([known[at] for at in order], count - wanted)
     else:
         random.Random(seed).shuffle(order)
     return Split(sorted(order[:-wanted]), sorted(order[-wanted:]))
+
+
+def _whole_moment(times: list[datetime], cut: int) -> int:
+    """The place nearest to `cut`, neither first nor last, between two different times of `times`; else `cut`."""
+    places = [at for at in range(1, len(times)) if times[at - 1] != times[at]]
+    return min(places, key=lambda at: abs(at - cut), default=cut)
 
 
 def read_conversations(path: Path) -> list[Conversation]:

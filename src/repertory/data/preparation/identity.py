@@ -1,0 +1,109 @@
+"""Who is who: the persona's accounts, people who opted out, and the labels that conversations show."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from repertory.data.history import Author
+from repertory.errors import InvalidInput
+
+ALIKE = 0.8  # of SequenceMatcher: ana.banana and ana_banana, not ana and anton
+MAX_SUGGESTIONS = 5
+
+
+@dataclass(frozen=True)
+class Identity:
+    persona: frozenset[str]  # author ids
+    name: str  # the persona's, as conversations show it
+    suggestions: tuple[Author, ...]  # authors that may be the persona too: a second account, a former name
+
+
+def identify(authors: Mapping[str, Author], wanted: Iterable[str]) -> Identity:
+    """The authors that `wanted` names by id or by any name they had.
+
+    Raises InvalidInput where nobody is meant, with near matches, or where a name means several people.
+    """
+    ids: list[str] = []
+    for name in wanted:
+        ids += _find(authors, name)
+    if not ids:
+        raise InvalidInput(
+            "nobody is named as the persona", code="persona_missing", cure=f"Name one of: {_table(authors.values())}."
+        )
+    persona = frozenset(ids)
+    name = max((authors[one] for one in persona), key=lambda author: author.messages).name
+    mine = {known for one in persona for known in authors[one].names}
+    alike = [
+        author
+        for author in authors.values()
+        if author.id not in persona and any(_likeness(known, author) >= ALIKE for known in mine)
+    ]
+    alike.sort(key=lambda author: -author.messages)
+    return Identity(persona, name, tuple(alike[:MAX_SUGGESTIONS]))
+
+
+def find_all(authors: Mapping[str, Author], wanted: Iterable[str]) -> frozenset[str]:
+    """The ids of people on a list, by id or name. Somebody who is not in this history is not an error."""
+    return frozenset(
+        author.id
+        for name in wanted
+        for author in authors.values()
+        if name == author.id or name.casefold() in {known.casefold() for known in author.names}
+    )
+
+
+def labels(authors: Mapping[str, Author], masked: Collection[str]) -> dict[str, str]:
+    """What each author is called in conversations: the usual name, told apart where two share one.
+
+    Masked authors are "Person 1" and so on. Labels depend on the names alone, not on ids, so that one chat exported by
+    two programs gives the same.
+    """
+    chosen: dict[str, str] = {}
+    used: dict[str, int] = {}
+    for number, author in enumerate(sorted((a for a in authors.values() if a.id in masked), key=lambda a: a.name), 1):
+        chosen[author.id] = f"Person {number}"
+    for author in sorted((a for a in authors.values() if a.id not in masked), key=lambda a: (a.name, a.first or 0)):
+        name = " ".join(author.name.replace(":", " ").split()) or "Somebody"
+        used[name] = used.get(name, 0) + 1
+        chosen[author.id] = name if used[name] == 1 else f"{name} ({used[name]})"
+    return chosen
+
+
+def hashed(author_id: str, org_id: str = "") -> str:
+    """What a dataset records of an author: enough to find their words again, not to read who they are."""
+    return hashlib.blake2b(author_id.encode(), key=org_id.encode()[:64], digest_size=16).hexdigest()
+
+
+def _find(authors: Mapping[str, Author], name: str) -> list[str]:
+    if name in authors:
+        return [name]
+    found = [author for author in authors.values() if name.casefold() in {known.casefold() for known in author.names}]
+    if len(found) > 1:
+        raise InvalidInput(
+            f"{len(found)} authors are called {name!r}",
+            code="persona_ambiguous",
+            cure=f"Name the ids that are the persona: {', '.join(author.id for author in found)}.",
+        )
+    if not found:
+        near = sorted(authors.values(), key=lambda author: -_likeness(name, author))[:MAX_SUGGESTIONS]
+        raise InvalidInput(
+            f"nobody is called {name!r} in this history",
+            code="persona_unknown",
+            cure=f"Did you mean one of these? {_table(near)}." if near else "The history has no author with words.",
+        )
+    return [found[0].id]
+
+
+def _likeness(name: str, author: Author) -> float:
+    plain = name.casefold()
+    return max(
+        (SequenceMatcher(None, plain, known.casefold()).ratio() for known in [*author.names, author.id]), default=0.0
+    )
+
+
+def _table(authors: Iterable[Author]) -> str:
+    most = sorted(authors, key=lambda author: -author.messages)[:MAX_SUGGESTIONS]
+    return ", ".join(f"{author.name} ({author.messages:,} messages)" for author in most) or "nobody"

@@ -1,0 +1,116 @@
+"""Personal data as typed surrogates: the sentence stays, the address does not.
+
+Found offline, by form and by checksum where there is one, so that a number that merely looks like a card stays. The
+same value is the same surrogate throughout a dataset. Values are never reported or stored, only how many there were.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import phonenumbers
+
+_SECRETS = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
+    r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}\b|\bglpat-[\w-]{20,}"
+    r"|\bsk-[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b|\bhf_[A-Za-z0-9]{30,}\b"
+    r"|\bxox[abposr]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}"
+    r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON web tokens
+    r"|\b[MNO][A-Za-z\d_-]{23,27}\.[\w-]{6}\.[\w-]{27,}"  # Discord bots
+    r"|\b\d{8,10}:AA[\w-]{33}\b",  # Telegram bots
+    re.DOTALL,
+)
+_NAMED_SECRET = re.compile(
+    r"(?i)(\b(?:password|passwort|passwd|pwd|api[_ -]?key|secret|token|pin)\b\s*(?:is|ist|:|=)\s*[\"']?)([^\s\"']{4,})"
+)
+_EMAIL = re.compile(r"\b[\w.+%-]+@(?:[\w-]+\.)+[A-Za-z]{2,}\b")
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_CARD = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]\d)")
+_MACHINE = re.compile(
+    r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
+    r"|\b(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}\b"
+)
+_MAC = re.compile(r"(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}")
+_DIGITS = re.compile(r"(?:\d[ ()./-]{0,2}){7}")
+_NATIONAL_PHONE = re.compile(
+    r"(?<![\w.:/-])(?<!\d )(?:\(0?\d{2,4}\)|0\d{1,4})[ ./-]?\d{3,4}(?:[ ./-]?\d{2,4}){1,3}(?![\w.:/-]*\d)"
+)
+_NUMBER = re.compile(r"\d")
+
+
+class Surrogates:
+    """Replaces personal data in texts; one for a dataset, so that one value is one surrogate."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()  # replacements by kind
+        self._known: dict[str, dict[str, str]] = {}
+
+    def replace(self, text: str) -> str:
+        text = _SECRETS.sub(self._with("SECRET"), text)
+        text = _NAMED_SECRET.sub(lambda found: found[1] + self._surrogate("SECRET", found[2]), text)
+        if "@" in text:
+            text = _EMAIL.sub(self._with("EMAIL", str.casefold), text)
+        if not _NUMBER.search(text) and "::" not in text and ":" not in text:
+            return text
+        text = _IBAN.sub(self._with("IBAN", _compact, is_iban), text)
+        text = _CARD.sub(self._with("CARD", _compact, is_card), text)
+        text = _MACHINE.sub(self._with("ADDRESS", str.casefold, _is_machine), text)
+        return self._phones(text) if _DIGITS.search(text) else text
+
+    def _phones(self, text: str) -> str:
+        """International numbers that are valid in their country's plan, and national ones written as numbers are."""
+        parts, end = [], 0
+        for found in phonenumbers.PhoneNumberMatcher(text, None, phonenumbers.Leniency.VALID):
+            parts += [text[end : found.start], self._surrogate("PHONE", _digits(found.raw_string))]
+            end = found.end
+        return _NATIONAL_PHONE.sub(self._with("PHONE", _digits), "".join(parts) + text[end:])
+
+    def _with(
+        self, kind: str, normal: Callable[[str], str] = str, is_one: Callable[[str], bool] = bool
+    ) -> Callable[[re.Match[str]], str]:
+        return lambda found: self._surrogate(kind, normal(found[0])) if is_one(found[0]) else found[0]
+
+    def _surrogate(self, kind: str, value: str) -> str:
+        if value.startswith("<") and value.endswith(">"):
+            return value  # a surrogate already
+        known = self._known.setdefault(kind, {})
+        self.counts[kind] += 1
+        return known.setdefault(value, f"<{kind}_{len(known) + 1}>")
+
+
+def is_card(text: str) -> bool:
+    """Whether the digits pass the Luhn check, as payment cards do, and are not all alike."""
+    digits = [int(digit) for digit in _digits(text)]
+    doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def is_iban(text: str) -> bool:
+    """Whether it is 1 modulo 97 with its first four characters last and letters as numbers (ISO 13616)."""
+    plain = _compact(text)
+    if not 15 <= len(plain) <= 34:
+        return False
+    return int("".join(str(int(character, 36)) for character in plain[4:] + plain[:4])) % 97 == 1
+
+
+def _is_machine(text: str) -> bool:
+    if _MAC.fullmatch(text):
+        return True
+    if text.count(":") == 2 and "::" not in text:
+        return False  # a time of day
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
+
+
+def _compact(text: str) -> str:
+    return re.sub(r"[ -]", "", text)
+
+
+def _digits(text: str) -> str:
+    return re.sub(r"\D", "", text)

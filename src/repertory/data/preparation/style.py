@@ -1,0 +1,106 @@
+"""How somebody writes, in a few numbers: what a learned voice can be held against."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+import emoji
+
+TOP = 15
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+# The commonest short words that the others of these languages do not share.
+_FUNCTION_WORDS = {
+    "en": "the and you that is it of to was for are with this have not but what they your just",
+    "de": "und der die das nicht ist ich du wir ein eine auch mit auf aber wie noch schon mir",
+    "es": "el los las que y es una para con pero muy yo esto está qué más porque",
+    "fr": "le les des et est je tu il nous pas pour que avec mais dans une ça c'est vous",
+    "pt": "os que é não um uma com para mas você eu isso muito está então",
+    "it": "gli che è non un una con ma sono io questo anche più ho perché",
+    "nl": "het een niet ik je dat maar met voor ook wel zijn nog",
+    "tr": "bir ve bu için ben sen çok ama değil yok mi",
+    "id": "yang ini itu tidak aku kamu untuk dengan saya sudah bisa juga",
+    "pl": "nie się na że jest jak ale ja mnie już",
+}
+_LANGUAGE_OF = Counter(word for words in _FUNCTION_WORDS.values() for word in words.split())
+_ONLY_OF = {
+    word: language for language, words in _FUNCTION_WORDS.items() for word in words.split() if _LANGUAGE_OF[word] == 1
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleCard:
+    """Of the persona's messages as they were sent, before bursts are merged. Shares are between 0 and 1."""
+
+    messages: int
+    mean_characters: float
+    median_characters: float
+    messages_per_turn: float
+    lower_case: float  # messages with letters and no capital
+    capital_first: float  # messages that begin with a capital
+    emoji: float  # messages with at least one
+    ends_with: dict[str, float]  # ".", "!", "?", "…", "emoji", "nothing"
+    top_emoji: list[tuple[str, int]]
+    top_words: list[tuple[str, int]]
+    top_phrases: list[tuple[str, int]]  # of two and three words
+    languages: dict[str, float]  # of the messages that show one; scripts other than Latin by their name
+
+
+def style_card(messages: Sequence[str], turns: int) -> StyleCard:
+    """`messages` in so many turns; there is at least one."""
+    lengths = [len(text) for text in messages]
+    words = [[word.casefold() for word in _WORD.findall(text)] for text in messages]
+    emojis = [[found["emoji"] for found in emoji.emoji_list(text)] if not text.isascii() else [] for text in messages]
+    lettered = [text for text in messages if any(character.isalpha() for character in text)]
+    phrases = Counter(
+        " ".join(said[at : at + size]) for said in words for size in (2, 3) for at in range(len(said) - size + 1)
+    )
+    ends = Counter(_ending(text) for text in messages)
+    spoken = Counter(
+        language for text, said in zip(messages, words, strict=True) if (language := _language(text, said))
+    )
+    return StyleCard(
+        messages=len(messages),
+        mean_characters=round(mean(lengths), 1),
+        median_characters=median(lengths),
+        messages_per_turn=round(len(messages) / max(turns, 1), 2),
+        lower_case=_share(sum(text == text.lower() for text in lettered), len(lettered)),
+        capital_first=_share(sum(text.lstrip()[:1].isupper() for text in lettered), len(lettered)),
+        emoji=_share(sum(bool(found) for found in emojis), len(messages)),
+        ends_with={end: _share(count, len(messages)) for end, count in ends.most_common()},
+        top_emoji=_top(Counter(one for found in emojis for one in found)),
+        top_words=_top(Counter(word for said in words for word in said)),
+        top_phrases=_top(phrases),
+        languages={name: _share(count, spoken.total()) for name, count in spoken.most_common(5)},
+    )
+
+
+def _ending(text: str) -> str:
+    last = text.rstrip()[-1:]
+    if last in ".!?…":
+        return last
+    return "emoji" if last and (emoji.is_emoji(last) or last in "\ufe0f\u200d") else "nothing"
+
+
+def _language(text: str, words: Sequence[str]) -> str | None:
+    letter = next((character for character in text if character.isalpha() and not character.isascii()), None)
+    if letter is not None:
+        script = unicodedata.name(letter, "").split(" ")[0].capitalize()
+        if script not in ("Latin", ""):
+            return script
+    votes = Counter(language for word in words if (language := _ONLY_OF.get(word)))
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _top(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:TOP]
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 3) if whole else 0.0
