@@ -170,7 +170,8 @@ class Download(Contract):
         return 100 if not self.bytes_total else int(100 * self.bytes_done / self.bytes_total)
 
     def __str__(self) -> str:
-        return f"{self.bytes_done / 1e6:.0f} of {self.bytes_total / 1e6:.0f} MB, {self.percent}%"
+        """For a job's row, which is written whenever this changes: no more often than a hundred times."""
+        return f"{self.percent}% of {self.bytes_total / 1e6:.1f} MB"
 
 
 class HostHealth(Contract):

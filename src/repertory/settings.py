@@ -34,7 +34,7 @@ class Settings(Hyperparameters, BaseSettings):
     huggingface_token: str | None = None
     hf_endpoint: str = Field("https://huggingface.co", pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")
     hf_hub_offline: bool = False
-    hf_hub_download_timeout: float = Field(30.0, gt=0)  # seconds in which a download must bring something
+    hf_hub_download_timeout: int = Field(30, ge=1)  # seconds in which a download must bring something
     allowed_base_models: str = ""  # comma-separated names with * as a wildcard; empty: any
     default_base_model: str = BUNDLED_MODEL
     default_org_id: OrgId | None = None

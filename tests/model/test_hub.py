@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 import tiny
@@ -70,8 +71,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 def settings_for(hub: FakeHub, cache: Path, **more: object) -> Settings:
-    values = {"hf_endpoint": hub.url, "model_cache_dir": cache, "hf_hub_download_timeout": 5.0} | more
-    return Settings(_env_file=None, **values)
+    values = {"hf_endpoint": hub.url, "model_cache_dir": cache} | more
+    return Settings(_env_file=None).model_copy(update=values)
 
 
 def key(revision: str | None = None, name: str = NAME) -> BaseKey:
@@ -302,6 +303,28 @@ def test_an_endpoint_that_is_no_hub_says_so(hub: FakeHub, cache: Path, single: P
     hub.add(NAME, single)
     hub.status = 200  # a captive portal, say
     assert "is no hub's answer" in refusal(settings_for(hub, cache)).message
+
+
+@pytest.mark.parametrize("target", ["http://169.254.169.254/latest", "http://cdn.example/x", "file:///etc/passwd"])
+def test_a_redirect_leads_to_no_unprotected_or_internal_address(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    asked: list[httpx.URL] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url)
+        return httpx.Response(302, headers={"location": target})
+
+    monkeypatch.setattr(Hub, "_client", lambda self: httpx.Client(transport=httpx.MockTransport(answer)))
+    settings = Settings(_env_file=None, model_cache_dir=cache, hf_endpoint="https://huggingface.co")
+    assert refusal(settings).code == "base_model_unavailable"
+    assert {url.host for url in asked} == {"huggingface.co"}
+
+
+def test_redirects_in_a_circle_end(hub: FakeHub, cache: Path, single: Path) -> None:
+    hub.add(NAME, single)
+    hub.redirects_to = f"{hub.url}/{NAME}/resolve/main/{SINGLE}"
+    assert "no hub's answer" in refusal(settings_for(hub, cache)).message
 
 
 # Damage

@@ -1,0 +1,232 @@
+"""Jobs on base models of a hub, with real service and hosts: each ends in a voice, or in an error with its cure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
+from repertory_fixtures import conversation
+from running_service import RunningService, eventually
+
+CANARY = "hf_canaryThatMustNotBeSeenAnywhere"
+QUICK = {"learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
+CHATS = [conversation(1 + at % 3, at).model_dump(mode="json", exclude_none=True) for at in range(6)]
+JOB: dict[str, Any] = {"conversations": CHATS, "num_epochs": 1, "hyperparameters": QUICK}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("hub") / "sharded", "llama-gqa", max_shard_size="100KB")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    folder = tmp_path_factory.mktemp("service")
+    shutil.copytree(original, folder / "cache" / "tiny" / "default")
+    running = RunningService(
+        folder,
+        HOST_MODULE="repertory.model.host",
+        MODEL_CACHE_DIR=str(folder / "cache"),
+        DEFAULT_BASE_MODEL="tiny/default",
+        HF_ENDPOINT=hub.url,
+        HF_HUB_DOWNLOAD_TIMEOUT="1",
+        HUGGINGFACE_TOKEN=CANARY,
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        yield running.until_ready()
+    finally:
+        code = running.stop()
+    assert code == 0
+
+
+@pytest.fixture(autouse=True)
+def sound_again(hub: FakeHub) -> Iterator[None]:
+    """Each test finds a hub that behaves."""
+    yield
+    for switch, sound in (("cut_after", None), ("cuts", 10**9), ("stall_after", None), ("bytes_per_second", None)):
+        setattr(hub, switch, sound)
+
+
+def failure(service: RunningService, base_model: str) -> dict[str, Any]:
+    training_id = service.train("failing", base_model=base_model, **JOB)
+    job = service.until(training_id, "failed", "completed")
+    assert job["status"] == "failed", job
+    error: dict[str, Any] = job["error"]
+    assert base_model.partition("@")[0] in error["message"]
+    return error
+
+
+def test_a_sharded_model_becomes_a_voice_that_knows_its_commit(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    commit = hub.add("acme/sharded", original)
+    training_id = service.trained("sharded", base_model="acme/sharded", **JOB)
+    metadata = service.status(training_id)["metadata"]
+    assert (metadata["base_model"], metadata["revision"]) == ("acme/sharded", commit)
+    described = json.loads((service.folder / f"models/finetuned/sharded/{training_id}/adapter_config.json").read_text())
+    assert (described["base_model_name_or_path"], described["revision"]) == ("acme/sharded", commit)
+    answer = service.client.post("/generate?org_id=sharded", json={"message": "Hello!", "max_tokens": 4})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model_info"]["metadata"]["revision"] == commit
+
+
+def test_a_voice_stays_on_its_commit_when_the_hub_moves_on(
+    service: RunningService, hub: FakeHub, original: Path, tmp_path: Path
+) -> None:
+    old = hub.add("acme/moving", original)
+    first = service.trained("moving", base_model="acme/moving", **JOB)
+    new = hub.add("acme/moving", tiny.make_model(tmp_path / "newer", "llama-gqa", seed=1), v2=original)
+    again = service.trained("moving", base_model="acme/moving", **JOB)
+    tagged = service.trained("moving", base_model=f"acme/moving@{new}", **JOB)
+    revisions = [service.status(training_id)["metadata"]["revision"] for training_id in (first, again, tagged)]
+    assert revisions == [old, old, new]
+    for training_id in (first, tagged):
+        asked = {"message": "Hello!", "model_id": training_id, "max_tokens": 4}
+        answer = eventually(lambda asked=asked: ready(service.client.post("/generate?org_id=moving", json=asked)))
+        assert answer.json()["model_info"]["metadata"]["revision"] in (old, new)
+
+
+def ready(answer: Any) -> Any:
+    return answer if answer.status_code == 200 else None
+
+
+def test_a_download_that_is_cut_once_goes_on(service: RunningService, hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("acme/cut-once", tiny.make_model(tmp_path / "model", "llama-gqa"))
+    hub.cut_after, hub.cuts = 100_000, 1
+    service.trained("cut", base_model="acme/cut-once", **JOB)
+    ranges = [seen.range for seen in hub.downloads("model.safetensors") if seen.is_storage]
+    assert ranges[-2:] == [None, "bytes=100000-"]
+
+
+def test_a_gated_model_with_a_token_without_access_fails_with_the_cure(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    hub.add("acme/gated", original, is_gated=True)
+    error = failure(service, "acme/gated")
+    assert error["code"] == "base_model_gated"
+    assert "has no access" in error["message"]
+    assert "Accept its licence" in error["cure"]
+
+
+def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub: FakeHub, original: Path) -> None:
+    hub.add("acme/stalls", original)
+    hub.stall_after = 100
+    error = failure(service, "acme/stalls")
+    assert "nothing to speak of for 1 seconds" in error["message"]
+    assert "HF_HUB_DOWNLOAD_TIMEOUT" in error["cure"]
+
+
+def test_a_hub_that_cuts_for_ever_fails_the_job_in_the_end(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    hub.add("acme/cuts", original)
+    hub.cut_after = 10
+    error = failure(service, "acme/cuts")
+    assert "was cut 5 times in a row" in error["message"]
+    assert "is kept" in error["cure"]
+
+
+def test_a_download_shows_its_progress_delays_nobody_and_stops_with_its_job(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    commit = hub.add("acme/slow", original)
+    hub.bytes_per_second = 4_000  # some hundred seconds in all
+    training_id = service.train("slow", base_model="acme/slow", **JOB)
+
+    def progress() -> dict[str, Any] | None:
+        return service.status(training_id)["metadata"].get("download")
+
+    first = eventually(lambda: (now := progress()) and now["bytes_per_second"] > 0 and now)
+    assert first["bytes_total"] == sum(path.stat().st_size for path in original.iterdir())
+    assert first["revision"] == commit
+    assert first["eta_seconds"] > 0
+    later = eventually(lambda: (now := progress()) and now["bytes_done"] > first["bytes_done"] and now)
+    assert 0 <= first["percent"] <= later["percent"] < 100
+    job = service.status(training_id)
+    assert (job["status"], "downloading acme/slow" in job["metadata"]["waiting_for"]) == ("queued", True), job
+    hosts = {host["base_model"]: host for host in service.client.get("/health").json()["hosts"]}
+    assert hosts["acme/slow"]["download"]["bytes_total"] == first["bytes_total"]
+    assert '"event": "download"' in service.log
+
+    killed = service.host_of("tiny/default")
+    assert killed is not None
+    killed.kill()  # it comes back while the other one is still downloading
+    eventually(lambda: (host := service.host_of("tiny/default")) and host.pid != killed.pid)
+    service.until_ready()
+    answer = service.client.post("/generate?org_id=nobody", json={"message": "Hi", "model_id": "base", "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    assert progress() is not None
+
+    began = time.monotonic()
+    assert service.client.delete(f"/training/jobs/{training_id}").status_code == 200
+    assert service.status(training_id)["status"] == "cancelled"
+    eventually(lambda: service.host_of("acme/slow") is None)
+    assert time.monotonic() - began < 15
+    partial = service.folder / "cache/hub/acme/slow" / f"{commit}.partial"
+    assert partial.is_dir(), "what has come is kept"
+    hub.bytes_per_second = None
+    service.trained("slow", base_model="acme/slow", **JOB)
+
+
+def test_without_a_hub_what_is_here_goes_on_and_what_is_not_says_how_to_get_it(service: RunningService) -> None:
+    service.stop()
+    service.environment |= {"HF_ENDPOINT": unreachable_url()}
+    del service.environment["HUGGINGFACE_TOKEN"]
+    service.start()
+    service.until_ready()
+    answer = eventually(
+        lambda: ready(service.client.post("/generate?org_id=sharded", json={"message": "Hello!", "max_tokens": 4}))
+    )
+    assert answer.json()["model_info"]["loaded"]
+    service.trained("sharded", base_model="acme/sharded", **JOB)
+    error = failure(service, "acme/elsewhere")
+    assert error["code"] == "base_model_unavailable"
+    assert "cannot be reached" in error["message"]
+    assert "repertory models register" in error["cure"]
+
+
+def test_a_gated_model_without_a_token_and_then_with_one(service: RunningService, hub: FakeHub, original: Path) -> None:
+    hub.add("acme/licensed", original, is_gated=True)
+    service.stop()
+    service.environment |= {"HF_ENDPOINT": hub.url}
+    service.start()
+    error = failure(service.until_ready(), "acme/licensed")
+    assert error["code"] == "base_model_gated"
+    assert "no token is set" in error["message"]
+    assert "HUGGINGFACE_TOKEN" in error["cure"]
+    service.stop()
+    service.environment |= {"HUGGINGFACE_TOKEN": TOKEN}
+    service.start()
+    service.until_ready().trained("licensed", base_model="acme/licensed", **JOB)
+
+
+def test_no_token_is_found_anywhere(service: RunningService, hub: FakeHub) -> None:
+    """After all of the above: not in logs, rows, events or files, and sent to the hub alone."""
+    with sqlite3.connect(service.folder / "models" / "repertory.db") as database:
+        rows = "\n".join(database.iterdump())
+    assert "acme/licensed" in rows
+    files = [
+        path for path in service.folder.rglob("*") if path.is_file() and path.suffix in (".json", ".log", ".jsonl")
+    ]
+    assert service.log_path in files
+    seen = [rows, *(path.read_text() for path in files)]
+    for token in (CANARY, TOKEN):
+        assert not any(token in text for text in seen)
+        assert any(request.authorization == f"Bearer {token}" for request in hub.requests)
+    assert all(request.authorization is None for request in hub.requests if request.is_storage)
