@@ -101,7 +101,7 @@ def test_it_looks_at_everything_of_this_machine_and_leaves_no_trace(tmp_path: Pa
         done = run("--json", HF_ENDPOINT=hub, PORT=str(closed_port()))
     findings = [Finding(**line) for line in json.loads(done.stdout)["findings"]]
     about = {finding.about for finding in findings}
-    assert {"Python", "torch", "driver", "4-bit weights", "memory", ".env", "access", "port", "disk"} <= about
+    assert {"Python", "torch", "driver", "CUDA", "4-bit weights", "memory", ".env", "access", "port", "disk"} <= about
     assert {"database", "bundled model", "hub"} <= about
     assert done.returncode == any(finding.state == "red" for finding in findings)
     assert all(finding.state == "green" or finding.cure for finding in findings)
@@ -206,6 +206,8 @@ def first(about: str, findings: Iterator[Finding]) -> Finding:
         (reported(None, sees=False), "470.1", "driver", "red", "525"),
         (reported(), "535.1", "CUDA", "green", "1 GPU"),
         (reported(sees=False), "535.1", "CUDA", "red", "CUDA_VISIBLE_DEVICES"),
+        (reported(None, sees=False), None, "CUDA", "green", "on the CPU"),
+        (reported(), None, "driver", "green", "torch sees the GPU"),
         (reported(), "535.1", "GPU memory", "green", "8.6 (bf16), 11.0 GiB of 12.0 GiB free"),
         (reported(capability=(7, 5)), "535.1", "GPU memory", "green", "no bf16, so fp16"),
         (reported(free_bytes=5 << 30), "535.1", "GPU memory", "yellow", "5.0 GiB"),

@@ -155,14 +155,13 @@ def torch_and_device(facts: dict[str, Any] | str, driver: Driver | None) -> Iter
     if isinstance(facts, str):
         cure = f"Install it anew: {NEWEST_TORCH}; for a driver older than {LEAST_DRIVER[13]}: {CUDA_12_TORCH}"
         yield Finding("torch", "red", f"cannot be used: {facts}", cure)
-        yield _driver(driver, None)
+        yield _driver(driver, None, sees_gpu=False)
         return
     torch = facts["torch"]
     build = torch["cuda_build"]
     yield _torch(torch["version"], build, driver)
-    yield _driver(driver, build)
-    if driver is not None and build is not None:
-        yield _cuda(torch)
+    yield _driver(driver, build, torch["cuda_available"])
+    yield _cuda(torch, is_expected=driver is not None and build is not None)
     yield from _gpus(torch)
     if not torch["cuda_available"]:
         yield _cpu(torch["cpu"])
@@ -180,7 +179,9 @@ def _torch(version: str, build: str | None, driver: Driver | None) -> Finding:
     return Finding("torch", "green", f"{version}, {'without CUDA' if build is None else f'built with CUDA {build}'}")
 
 
-def _driver(driver: Driver | None, build: str | None) -> Finding:
+def _driver(driver: Driver | None, build: str | None, sees_gpu: bool) -> Finding:
+    if driver is None and sees_gpu:
+        return Finding("driver", "green", "its version is unknown without nvidia-smi, but torch sees the GPU")
     if driver is None:
         return Finding(
             "driver",
@@ -201,9 +202,11 @@ def _driver(driver: Driver | None, build: str | None) -> Finding:
     return Finding("driver", "green", driver.version)
 
 
-def _cuda(torch: dict[str, Any]) -> Finding:
+def _cuda(torch: dict[str, Any], is_expected: bool) -> Finding:
     if torch["cuda_available"]:
         return Finding("CUDA", "green", f"torch sees {len(torch['gpus'])} GPU(s)")
+    if not is_expected:
+        return Finding("CUDA", "green", "not used; torch computes on the CPU")
     reason = torch["cuda_refusal"] or "it gives no reason"
     cure = "Look whether CUDA_VISIBLE_DEVICES hides the GPU, and what nvidia-smi says; the driver line may tell more."
     return Finding("CUDA", "red", f"torch does not see the GPU: {reason}", cure)
