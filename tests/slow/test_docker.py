@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 USER = 1000
 SOMEBODY = 4242
+UNPACK_SECONDS = 300.0  # of the bundled base model, on a busy machine
 STOP_SECONDS = 10.0  # `docker stop` kills after that
 
 
@@ -152,7 +153,10 @@ class started:  # noqa: N801
         self.container.kill()
 
     def until_healthy(self) -> None:
-        eventually(lambda: self.client.get("/health").json()["status"] == "healthy")
+        ends = time.monotonic() + UNPACK_SECONDS
+        while (status := self.client.get("/health").json()["status"]) != "healthy":
+            assert time.monotonic() < ends, f"/health still says {status}: {self.container.log.read_text()[-3000:]}"
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """As `docker stop` does: SIGTERM to process 1, which must be gone before Docker would kill it."""
