@@ -352,7 +352,8 @@ def test_a_schema_is_known_or_too_new(version: str, tmp_path: Path) -> None:
 def test_a_damaged_database_is_red_and_stays_as_it_is(tmp_path: Path) -> None:
     path = made(tmp_path / "repertory.db")
     whole = path.read_bytes()
-    for damaged in (b"not a database, whatever its name says" * 40, whole[: len(whole) // 2]):
+    not_one, cut, hole = b"not a database, whatever its name says" * 40, whole[: len(whole) // 2], bytes(4096)
+    for damaged in (not_one, cut, whole[:-4096] + hole):
         path.write_bytes(damaged)
         found = doctor.database(f"sqlite:///{path}")
         assert (found.state, "is damaged" in found.message) == ("red", True), found
