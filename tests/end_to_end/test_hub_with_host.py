@@ -14,6 +14,9 @@ import pytest
 
 import tiny
 from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
+from repertory import base_models
+from repertory.errors import Conflict
+from repertory.settings import Settings
 from repertory_fixtures import conversation
 from running_service import RunningService, eventually
 
@@ -104,6 +107,20 @@ def test_a_voice_stays_on_its_commit_when_the_hub_moves_on(
 
 def ready(answer: Any) -> Any:
     return answer if answer.status_code == 200 else None
+
+
+def test_a_model_registered_while_the_service_runs_becomes_a_voice_and_is_then_needed(
+    service: RunningService, original: Path
+) -> None:
+    settings = Settings(
+        _env_file=None,
+        model_cache_dir=service.folder / "cache",
+        finetuned_model_dir=service.folder / "models" / "finetuned",
+    )
+    base_models.register("parrot", original, settings, print)
+    service.trained("registered", base_model="local/parrot", **JOB)
+    with pytest.raises(Conflict, match="1 voices stand on local/parrot"):
+        base_models.remove("local/parrot", settings, print)
 
 
 def test_a_download_that_is_cut_once_goes_on(service: RunningService, hub: FakeHub, tmp_path: Path) -> None:

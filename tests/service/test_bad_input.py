@@ -131,6 +131,12 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "88 NUL": ({"base_model": "a\x00b"}, "base_model"),
     "88 empty": ({"base_model": ""}, "base_model"),
     "88 long": ({"base_model": "a" * 257}, "base_model"),
+    "88 revision above": ({"base_model": "org/name@../x"}, "base_model"),
+    "88 revision as option": ({"base_model": "org/name@--x"}, "base_model"),
+    "88 no revision": ({"base_model": "org/name@"}, "base_model"),
+    "88 two revisions": ({"base_model": "org/name@a@b"}, "base_model"),
+    "88 revision with a query": ({"base_model": "org/name@main?x=y"}, "base_model"),
+    "88 the downloads' own place": ({"base_model": "hub/acme"}, "base_model"),
 }
 
 
