@@ -96,6 +96,55 @@ def doctor(
     raise typer.Exit(any(finding.state == "red" for finding in findings))
 
 
+@app.command("import")
+def import_history(
+    path: Annotated[Path, typer.Argument(help="The export: a file, a folder or a zip archive.")],
+    persona: Annotated[
+        list[str] | None, typer.Option(help="Whose voice: a name or an id; again for each of their accounts.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="auto, or a format of docs/imports.md.")] = "auto",
+    gap: Annotated[str | None, typer.Option(help="The pause that ends a session: 30m, 2h.  [default: found]")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Somebody whose words must not be used.")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="Somebody whose name must not be used.")] = None,
+    mask_others: Annotated[bool, typer.Option("--mask-others", help="Nobody's name but the persona's.")] = False,
+    timezone: Annotated[str | None, typer.Option(help="Of times without one: Europe/Berlin.  [default: UTC]")] = None,
+    day_first: Annotated[
+        bool | None, typer.Option("--day-first/--month-first", help="What 3/4 is, where the file does not tell.")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Of a CSV: author=HEADER, text=HEADER, time=…")] = None,
+    live_since: Annotated[str | None, typer.Option(help="When a clone of the persona went live: 2024-05-01.")] = None,
+    org: Annotated[str, typer.Option(help="The organisation, for the request that is written.")] = "default",
+    output: Annotated[Path | None, typer.Option(help="Where the request goes.  [default: PERSONA.json]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+    preview: Annotated[int, typer.Option(min=0, help="Show so many conversations as the model will see them.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on standard output.")] = False,
+) -> None:
+    """Turn a chat export into the conversations that teach one voice; without --persona, show who speaks in it."""
+    from repertory import importer
+
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 200)
+    with complaining():
+        reading = importer.read_options(timezone, day_first, column or [])
+        if not persona and not importer.is_dialogue(path, format):
+            importer.authors(path, format, reading, console)
+            return
+        preparation = importer.prepare_options(persona or [], gap, exclude, mask, mask_others, live_since, org)
+        prepared, read = importer.run(path, format, reading, preparation, console)
+        importer.show(prepared.report, console)
+        machine = machine_settings()
+        renderer = importer.base_renderer(machine)
+        tokens = importer.measured(prepared, renderer, machine) if renderer else None
+        if tokens:
+            importer.show_tokens(tokens, machine.default_base_model, console)
+        if preview:
+            importer.preview(prepared, renderer, machine, preview, console)
+        if as_json:
+            typer.echo(json.dumps(importer.report_json(prepared, read, tokens), indent=2, ensure_ascii=False))
+        if not dry_run:
+            written = importer.write(prepared, org, output)
+            console.print(f"Written to {written}. Train it: {importer.start_command(written, machine)}", soft_wrap=True)
+
+
 models = typer.Typer(no_args_is_help=True, help="Base models: list, download, register, remove.")
 app.add_typer(models, name="models")
 

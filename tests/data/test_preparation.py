@@ -557,5 +557,8 @@ def test_conversations_with_an_assistant_are_kept_as_they_are() -> None:
         ["b", "-bad", "again", "*good"],
     ]
     assert made.system_prompt is None
+    long = [turn("3", role, f"{role} {n} " * 300) for n in range(3) for role in ("user", "assistant")]
+    (uncut,) = prepare(History(long, ImportReport("messages")), PrepareOptions()).conversations
+    assert len(uncut.messages) == 6
     swapped = prepare(History(entries, ImportReport("messages")), PrepareOptions(persona=["user"]))
     assert [shown(c) for c in swapped.conversations] == [["-b", "bad", "*again"]]

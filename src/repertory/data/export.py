@@ -13,11 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from repertory.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MAX_FILES = 500_000  # a large Slack workspace has one per channel and day
 MAX_EXPANDED_BYTES = 64 << 30  # 64 GiB
@@ -25,6 +28,7 @@ MAX_RATIO = 200  # expanded to packed bytes; JSON of chats packs 10 to 40 times
 RATIO_FREE_BYTES = 1 << 20  # 1 MiB: below this a ratio says nothing
 MAX_LINE_CHARACTERS = 1 << 20
 HEAD_BYTES = 64 << 10
+CHUNK_BYTES = 256 << 10
 
 # What reading a stream of an archive can raise where the archive is broken.
 BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
@@ -90,8 +94,43 @@ class Export:
         found = [file for file in self.files if file.base == base]
         return min(found, key=lambda file: file.name.count("/"), default=None)
 
+    def told(self, tell: Callable[[int, int], None]) -> Export:
+        """The same export; `tell` hears how many bytes of it have been read so far, and how many it has."""
+        total = sum(file.size for file in self.files)
+        done = 0
+
+        def opened(file: ExportFile) -> IO[bytes]:
+            def count(read: int) -> None:
+                nonlocal done
+                done += read
+                tell(done, total)
+
+            return io.BufferedReader(_Counted(file.open(), count), CHUNK_BYTES)
+
+        return Export(self.name, [ExportFile(file.name, file.size, partial(opened, file)) for file in self.files])
+
     def with_suffix(self, *suffixes: str) -> list[ExportFile]:
         return [file for file in self.files if file.suffix in suffixes]
+
+
+class _Counted(io.RawIOBase):
+    """A stream that says how much of it is read."""
+
+    def __init__(self, stream: IO[bytes], count: Callable[[int], None]) -> None:
+        self._stream = stream
+        self._count = count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        read = self._stream.readinto(buffer)  # type: ignore[attr-defined]  # all our streams have it
+        self._count(read)
+        return int(read)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @contextmanager

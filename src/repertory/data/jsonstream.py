@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import IO, Any
 
-from repertory.data.export import BROKEN_ARCHIVE, ExportFile
+from repertory.data.export import BROKEN_ARCHIVE, CHUNK_BYTES, ExportFile
 
-CHUNK_BYTES = 256 << 10
 MAX_VALUE_CHARACTERS = 32 << 20  # of one value; a long conversation of an assistant has a few million
 
 _decode = json.JSONDecoder().raw_decode

@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from repertory.data.conversations import Conversation, Message
 from repertory.data.preparation.sessions import Session, Turn
 
-CONTEXT_TURNS = 20
-MAX_CHARACTERS = 4000  # of one conversation; about a thousand tokens of English
+CONTEXT_MESSAGES = 20
+CONTEXT_CHARACTERS = 1000  # so that what is repeated costs less than what is learned
+MAX_CHARACTERS = 4000  # of one conversation besides; about a thousand tokens of English
 QUOTE_CHARACTERS = 60
 
 _NICK_PREFIX = re.compile(r"@?(.{1,40}?)\s?[:,]\s")
@@ -47,7 +48,7 @@ def target(turns: Sequence[Turn], at: int, voices: Voices) -> tuple[int | None, 
     since they last spoke, and else the last turn by somebody else.
     """
     turn = turns[at]
-    earlier = range(at - 1, max(-1, at - 1 - 2 * CONTEXT_TURNS), -1)
+    earlier = range(at - 1, max(-1, at - 1 - 2 * CONTEXT_MESSAGES), -1)
     others = [i for i in earlier if turns[i].author_id != turn.author_id]
     if turn.reply_to is not None:
         found = next((i for i in range(at - 1, -1, -1) if turn.reply_to in turns[i].ids), None)
@@ -67,19 +68,33 @@ def target(turns: Sequence[Turn], at: int, voices: Voices) -> tuple[int | None, 
     return (others[0] if others else None), False
 
 
-def pieces(session: Session, voices: Voices) -> list[Piece]:
-    """The conversations of a session in which the persona speaks after somebody else did."""
+def pieces(session: Session, voices: Voices, *, uncut: bool = False) -> list[Piece]:
+    """The conversations of a session in which the persona speaks after somebody else did; one of it if `uncut`."""
     persona = voices.persona
     if not any(turn.author_id in persona for turn in session.turns[session.context :]):
         return []
     named = len(session.speakers - set(persona)) > 1
     found = []
-    for begin, end in _parts(session, persona):
-        first = max(0, begin - CONTEXT_TURNS)
+    parts = [(session.context, len(session.turns))] if uncut else _parts(session, persona)
+    for begin, end in parts:
+        first = _context(session.turns, begin)
         piece = _piece(session, first, begin, end, voices, named)
         if piece is not None:
             found.append(piece)
     return found
+
+
+def _context(turns: Sequence[Turn], begin: int) -> int:
+    """Where the history of a part that begins at `begin` begins: a few messages before, and one turn at least."""
+    first, messages, characters = begin, 0, 0
+    while first > 0:
+        turn = turns[first - 1]
+        messages += len(turn.texts)
+        characters += len(turn.text)
+        if first < begin and (messages > CONTEXT_MESSAGES or characters > CONTEXT_CHARACTERS):
+            break
+        first -= 1
+    return first
 
 
 def _parts(session: Session, persona: Collection[str]) -> list[tuple[int, int]]:

@@ -145,7 +145,7 @@ def prepare(history: History, options: PrepareOptions) -> Prepared:
     _clean(with_persona, surrogates, _names(read.authors, masked - identity.persona, called))
 
     voices = Voices(identity.persona, called, options.platform)
-    made = [(piece, session) for session in with_persona for piece in pieces(session, voices)]
+    made = [(piece, session) for session in with_persona for piece in pieces(session, voices, uncut=is_dialogue)]
     persona_turns = sum(t.author_id in identity.persona for s in with_persona for t in s.turns[s.context :])
     made = [(_with_prompt(piece, session, prompts), session) for piece, session in made]
     trained = sum(_trained_turns(piece.conversation) for piece, _ in made)

@@ -7,7 +7,7 @@ format, write such a module and name it in READERS.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -41,16 +41,25 @@ READERS: tuple[ModuleType, ...] = (
     discord_csv, whatsapp, irc, table,
 )  # fmt: skip
 FORMATS = tuple(reader.NAME for reader in READERS)
+DIALOGUES = tuple(reader.NAME for reader in (chatgpt, claude, native, sharegpt, alpaca, messages))
 
 
 @contextmanager
-def open_history(path: Path, format: str = "auto", options: ReadOptions | None = None) -> Iterator[History]:
+def open_history(
+    path: Path,
+    format: str = "auto",
+    options: ReadOptions | None = None,
+    tell: Callable[[int, int], None] | None = None,
+) -> Iterator[History]:
     """The history in the export at `path`, to be read once while the context lasts.
 
+    `tell` hears how many bytes have been read, and of how many; some formats are read twice.
     Raises InvalidInput: no such export, an archive that must not be opened, a format that is unknown or not recognised.
     """
     with open_export(path) as export:
         reader = _reader(export, format)
+        if tell is not None:
+            export = export.told(tell)
         report = ImportReport(reader.NAME)
         reading = Reading(export, options or ReadOptions(), report)
         yield History(reader.read(reading), report)

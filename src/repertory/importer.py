@@ -1,0 +1,270 @@
+"""What `repertory import` does: read an export, prepare it, and show on a terminal what came of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from repertory.contracts import BaseKey
+from repertory.data.findings import MAX_FINDINGS, Findings
+from repertory.data.history import History, ImportReport
+from repertory.data.preparation.pipeline import PreparationReport, Prepared, PrepareOptions, prepare
+from repertory.data.preparation.tokens import TokenReport, spans, token_report
+from repertory.data.readers import DIALOGUES, detect, open_history, table
+from repertory.data.readers.reading import ReadOptions
+from repertory.data.render import Renderer
+from repertory.errors import InvalidInput
+from repertory.settings import Settings
+
+SHOWN_AUTHORS = 20
+SHOWN_FINDINGS = 20
+DEFAULT_MAX_SEQ_LENGTH = 2048
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds(gap: str) -> int:
+    """Of a time such as 90s, 30m, 2h or 1d. Raises InvalidInput."""
+    found = re.fullmatch(r"(\d{1,6})\s*([smhd])", gap.strip())
+    if found is None or int(found[1]) == 0:
+        raise InvalidInput(f"{gap!r} is not a time", code="invalid_gap", cure="Write it as 90s, 30m, 2h or 1d.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def read_options(timezone: str | None, day_first: bool | None, columns: list[str]) -> ReadOptions:
+    """Raises InvalidInput for a zone that is none and a column without a header."""
+    named = [column.partition("=") for column in columns]
+    wrong = [name for name, _, header in named if name not in table.KNOWN or not header]
+    if wrong:
+        raise InvalidInput(
+            f"--column {wrong[0]} does not say which column is what",
+            code="invalid_column",
+            cure=f"Write it as NAME=HEADER, with NAME one of {', '.join(table.KNOWN)}.",
+        )
+    try:
+        zone = ZoneInfo(timezone) if timezone else None
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise InvalidInput(
+            f"{timezone!r} is not a time zone", code="invalid_timezone", cure="Name one as Europe/Berlin or UTC."
+        ) from error
+    return ReadOptions(timezone=zone, day_first=day_first, columns={name: header for name, _, header in named})
+
+
+def prepare_options(
+    persona: list[str],
+    gap: str | None,
+    exclude: list[str] | None,
+    mask: list[str] | None,
+    mask_others: bool,
+    live_since: str | None,
+    org_id: str,
+) -> PrepareOptions:
+    """Raises InvalidInput for a pause or a date that is none."""
+    return PrepareOptions(
+        persona=persona,
+        gap_seconds=seconds(gap) if gap else None,
+        exclude=exclude or [],
+        mask=mask or [],
+        mask_others=mask_others,
+        live_since=_moment(live_since) if live_since else None,
+        org_id=org_id,
+    )
+
+
+def is_dialogue(path: Path, format: str) -> bool:
+    """Whether the export is of conversations with an assistant, who is the persona unless somebody else is named."""
+    return (detect(path) if format == "auto" else format) in DIALOGUES
+
+
+def authors(path: Path, format: str, options: ReadOptions, console: Console) -> None:
+    """Who speaks in the export, to choose the persona from."""
+    with _history(path, format, options, console) as history:
+        for _ in history:
+            pass
+        report = history.report
+    table = Table("author", "id", "messages", "characters", "first", "last", "", box=None)
+    ranked = sorted(report.authors.values(), key=lambda author: -author.messages)
+    for author in ranked[:SHOWN_AUTHORS]:
+        length = f"{author.characters / author.messages:.0f} each"
+        cells = (author.name, author.id, f"{author.messages:,}", length, _day(author.first), _day(author.last))
+        table.add_row(*(escape(cell) for cell in cells), "bot" if author.is_bot else "")
+    console.print(f"{report.format}: {report.messages:,} messages, {len(report.channels):,} channels", highlight=False)
+    console.print(table)
+    if len(ranked) > SHOWN_AUTHORS:
+        console.print(f"and {len(ranked) - SHOWN_AUTHORS:,} more")
+    _show_findings(report.findings, console)
+    console.print("Choose whose voice to learn: --persona NAME, once for each of their accounts.", soft_wrap=True)
+
+
+def run(
+    path: Path, format: str, options: ReadOptions, preparation: PrepareOptions, console: Console
+) -> tuple[Prepared, ImportReport]:
+    with _history(path, format, options, console) as history:
+        prepared = prepare(history, preparation)
+        return prepared, history.report
+
+
+def write(prepared: Prepared, org_id: str, output: Path | None) -> Path:
+    """The body of a training request, renamed into place when it is whole. Returns where it is."""
+    name = re.sub(r"[^\w.-]+", "_", prepared.report.persona).strip("._") or "persona"
+    output = output or Path(f"{name}.json")
+    body = {
+        "org_id": org_id,
+        **({"system_prompt": prepared.system_prompt} if prepared.system_prompt else {}),
+        "conversations": [
+            conversation.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+            for conversation in prepared.conversations
+        ],
+    }
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+    partial.rename(output)
+    return output
+
+
+def start_command(body: Path, settings: Settings) -> str:
+    url = f"http://localhost:{settings.port}/api/v1/training/start"
+    return f"curl -X POST {url} -H 'Content-Type: application/json' -d @{quote(str(body))}"
+
+
+def base_renderer(settings: Settings) -> Renderer | None:
+    """Of the default base model's tokenizer. Raises BaseModelUnavailable."""
+    from repertory.model.base import renderer_in  # torch takes seconds to import, and only this needs it
+    from repertory.model.weights import locate_outline
+
+    name = settings.default_base_model
+    return renderer_in(locate_outline(BaseKey(base_model=name, quantization="none", dtype="fp32"), settings), name)
+
+
+def measured(prepared: Prepared, renderer: Renderer, settings: Settings) -> TokenReport:
+    limit = settings.max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+    return token_report(prepared.conversations, prepared.system_prompt, renderer, limit)
+
+
+def show(report: PreparationReport, console: Console) -> None:
+    """The report as tables."""
+    console.print(f"{escape(report.persona)}'s voice from {report.format}", highlight=False)
+    stages = Table("stage", "of", "before", "after", "left out", box=None)
+    for stage in report.stages:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in stage.dropped.items() if count)
+        stages.add_row(stage.name, stage.unit, f"{stage.before:,}", f"{stage.after:,}", why)
+    console.print(stages)
+
+    style = report.style
+    card = Table(box=None, show_header=False)
+    pause = "none" if report.gap_seconds is None else f"{report.gap_seconds // 60} min"
+    rows = {
+        "conversations": f"{report.conversations:,} with {report.trained_turns:,} turns to learn",
+        "session pause": f"{pause} ({report.gap_found_by})",
+        "persona's share": f"{report.persona_share:.0%} of the messages",
+        "personal data": ", ".join(f"{kind} {count:,}" for kind, count in report.surrogates.items()) or "none found",
+        "held out and trained": f"{report.leakage.same_exchange} of {report.leakage.held_out_turns:,} turns",
+        "length": f"{style.median_characters:g} characters (median), {style.messages_per_turn:g} messages a turn",
+        "case": f"{style.lower_case:.0%} without capitals, {style.capital_first:.0%} begin with one",
+        "ends with": ", ".join(f"{end} {share:.0%}" for end, share in style.ends_with.items()),
+        "emoji": f"in {style.emoji:.0%} of the messages: {' '.join(one for one, _ in style.top_emoji)}",
+        "languages": ", ".join(f"{name} {share:.0%}" for name, share in style.languages.items()),
+        "phrases": ", ".join(phrase for phrase, _ in style.top_phrases),
+    }
+    for name, value in rows.items():
+        card.add_row(name, escape(value))
+    console.print(card)
+    _show_findings(report.findings, console)
+
+
+def show_tokens(tokens: TokenReport, base_model: str, console: Console) -> None:
+    console.print(
+        f"Tokens of a row ({escape(base_model)}): half up to {tokens.p50:,}, 90% {tokens.p90:,}, 99% {tokens.p99:,}, "
+        f"longest {tokens.longest:,}; {tokens.trained_share:.0%} are learned; {tokens.shortened:,} of "
+        f"{tokens.measured:,} lose their oldest messages to fit {tokens.max_tokens:,}, {tokens.left_out:,} do not fit.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, count: int, console: Console) -> None:
+    """Some conversations, evenly spread, exactly as the model will see them; what is learned is green."""
+    step = max(1, len(prepared.conversations) // count)
+    for number, conversation in list(enumerate(prepared.conversations, 1))[::step][:count]:
+        console.rule(f"conversation {number}")
+        if renderer is None:
+            said = [(f"{m.role}: {m.content}\n", m.is_trained) for m in conversation.messages]
+        else:
+            limit = settings.max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+            said = spans(conversation, prepared.system_prompt, renderer, limit)
+        text = Text()
+        for part, is_learned in said:
+            # Without colours, as in a pipe, marks say the same.
+            marked = f"⟦{part}⟧" if is_learned and console.color_system is None else part
+            text.append(marked, style="bold green" if is_learned else "dim")
+        console.print(text, soft_wrap=True)
+
+
+def report_json(prepared: Prepared, read: ImportReport, tokens: TokenReport | None) -> dict[str, object]:
+    """The whole report, for other programs."""
+    about = asdict(prepared.report)
+    about["findings"] = {
+        "kept": [asdict(finding) for finding in prepared.report.findings.kept],
+        "counts": dict(prepared.report.findings.counts),
+    }
+    about["timezone_assumed"] = read.timezone_assumed
+    about["tokens"] = asdict(tokens) if tokens else None
+    about["authors"] = [
+        {"id": author.id, "name": author.name, "messages": author.messages, "is_bot": author.is_bot}
+        for author in sorted(read.authors.values(), key=lambda author: -author.messages)
+    ]
+    return about
+
+
+@contextmanager
+def _history(path: Path, format: str, options: ReadOptions, console: Console) -> Iterator[History]:
+    """The history, with a bar of the bytes that have been read."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        bar = progress.add_task("reading", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(bar, completed=min(done, total), total=total)
+
+        with open_history(path, format, options, tell) as history:
+            yield history
+
+
+def _show_findings(findings: Findings, console: Console) -> None:
+    for finding in findings.kept[:SHOWN_FINDINGS]:
+        where = f"{finding.path}:{finding.line}" if finding.line else finding.path
+        console.print(
+            f"{finding.severity} {finding.code} {escape(where)} {escape(finding.what)} Cure: {escape(finding.cure)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    total = findings.counts.total()
+    if total > SHOWN_FINDINGS:
+        counts = ", ".join(f"{code} {count:,}" for code, count in findings.counts.most_common())
+        kept = f"; --json has the first {min(total, MAX_FINDINGS):,}"
+        console.print(f"{total:,} findings in all: {counts}{kept}", highlight=False, soft_wrap=True)
+
+
+def _moment(text: str) -> float:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidInput(f"{text!r} is not a date", code="invalid_date", cure="Write it as 2024-05-01.") from error
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
+def _day(time: float | None) -> str:
+    return "" if time is None else str(datetime.fromtimestamp(time, UTC).date())
