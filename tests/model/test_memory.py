@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from torch.profiler import ProfilerActivity, profile
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
+import tiny
 from repertory.contracts import BaseKey, Device, EstimateRequest, Hyperparameters
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InsufficientMemory
+from repertory.model import attention, memory, microbatch
 from repertory.model import base as base_module
-from repertory.model import memory, microbatch
 from repertory.model.base import Base, Outline
 from repertory.model.estimate import estimate
 from repertory.model.lora import Adapter, LoraConfig, Training
@@ -108,6 +109,94 @@ def test_the_logits_of_a_chunk_are_counted_as_they_are_cut() -> None:
     assert memory.LOGITS_POSITIONS == microbatch.LOGITS_CHUNK
 
 
+LARGE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+# What their config.json says, and how many parameters they were published with.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "mistral": ({**LARGE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000}, 7_241_732_096),
+    "mixtral": (
+        {**LARGE, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8},
+        46_702_792_704,
+    ),
+    "opt": (
+        {**LARGE, "ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272, "max_position_embeddings": 2048},
+        6_658_473_984,
+    ),
+    "gpt_neox": (
+        {**LARGE, "intermediate_size": 16384, "vocab_size": 50432, "tie_word_embeddings": False},
+        6_857_302_016,
+    ),
+    "gpt2": ({}, 124_439_808),
+    "phi": (
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32},
+        2_779_683_840,
+    ),
+    "qwen2": (
+        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+        7_615_616_512,
+    ),
+    "qwen3": (
+        {**LARGE, "num_hidden_layers": 36, "intermediate_size": 12288, "num_key_value_heads": 8, "head_dim": 128}
+        | {"vocab_size": 151936, "tie_word_embeddings": False},
+        8_190_735_360,
+    ),
+    "qwen3_moe": (
+        {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+        | {"moe_intermediate_size": 768, "num_experts": 128, "head_dim": 128, "vocab_size": 151936}
+        | {"tie_word_embeddings": False},
+        30_532_122_624,
+    ),
+    "gemma2": (
+        {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16}
+        | {"num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000},
+        9_241_705_984,
+    ),
+    "gemma3_text": (
+        {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4}
+        | {"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144},
+        999_885_952,
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_models_have_the_parameters_they_are_published_with(tmp_path: Path, model_type: str) -> None:
+    described, parameters = PUBLISHED[model_type]
+    base = outlined(tmp_path, "none", "bf16", AutoConfig.for_model(model_type, **described))
+    assert base.parameter_count == parameters
+    assert base.architecture.base_bytes(base.key) == 2 * parameters
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_is_loaded_counted_and_computed_as_estimated(
+    load_base: LoadBase, family: str, quantization: str
+) -> None:
+    """Loading compares the forward passes. Of a run most is kept by attention at this length; small things that are
+    not counted weigh more here than in a model of use, norms that keep fp32 copies of their input most."""
+    base = load_base(family, "fp32", quantization)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    assert base.architecture.base_bytes(base.key) == pytest.approx(held, rel=0.05)
+    shape = BatchShape(0, (512,))
+    adapter = Adapter.fresh(
+        LoraConfig(base_model="x", rank=4, alpha=8, dropout=0, target_modules=["q_proj"]),
+        base.layers,
+        list(base.layers),
+        0,
+    )
+    demand = Demand(
+        architecture=base.architecture,
+        key=base.key,
+        device="cpu",
+        rank=4,
+        adapted=tuple(base.layers),
+        dropout=0.1,
+        batch=shape,
+    )
+    allocated = demand.activations / memory.ALLOCATOR_OVERHEAD["cpu"]
+    assert peak_allocation(base, rows_of(shape), adapter, 0.1, False) == pytest.approx(allocated, rel=0.2)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [BatchShape(0, (512,)), BatchShape(0, (64,) * 8), BatchShape(256, (32,) * 8)])
@@ -141,6 +230,7 @@ def rows_of(shape: BatchShape) -> list[Row]:
 
 def peak_allocation(base: Base, rows: list[Row], adapter: Adapter, dropout: float, recompute: bool) -> int:
     routing, batch = Training(adapter, dropout), MicroBatch.of(rows, base.device)
+    attention._hidden_scores.cache_clear()  # what other tests have left must not be freed, and counted, meanwhile
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
         base.passing(batch.layout, routing, recompute=recompute),

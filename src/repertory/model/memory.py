@@ -42,6 +42,7 @@ class Architecture:
     hidden_size: int
     intermediate_size: int  # features between the MLP's layers, of one token
     is_gated: bool  # the MLP multiplies two projections
+    is_softcapped: bool  # attention, whose weights are then written out on every device
     blocks: int
     heads: int
     query_size: int  # query heads x head size
@@ -56,12 +57,13 @@ class Architecture:
         hidden = int(config.hidden_size)
         experts = getattr(config, "num_experts_per_tok", None) or 1  # of a mixture, those a token goes through
         one = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-        intermediate = int(one or getattr(config, "n_inner", None) or 4 * hidden)
+        intermediate = int(one or getattr(config, "ffn_dim", None) or getattr(config, "n_inner", None) or 4 * hidden)
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         into_mlp = sum(out for _, out in linear.values() if out % intermediate == 0) // config.num_hidden_layers
         return Architecture(
             hidden_size=hidden,
             intermediate_size=intermediate * int(experts),
+            is_softcapped=getattr(config, "attn_logit_softcapping", None) is not None,
             is_gated=into_mlp >= 2 * intermediate or experts > 1,
             blocks=int(config.num_hidden_layers),
             heads=int(config.num_attention_heads),
@@ -195,7 +197,7 @@ class Demand:
         return self.batch.tokens * features * BYTES[self.key.dtype]
 
     def _attention_elements(self) -> int:
-        """Queries, keys and values; and the outputs, or on a CPU the weights where they are written out.
+        """Queries, keys and values; and the outputs, or the weights where they are written out.
 
         Several rows are padded to the longest, and each has keys and values of the whole prefix beside its own.
         """
@@ -203,7 +205,7 @@ class Demand:
         for one in self._attention_passes():
             if self._is_written_out(one):
                 read = one.queries * architecture.query_size + 2 * one.keys * architecture.key_size
-                elements += one.rows * read + one.weights
+                elements += one.rows * read + one.weights * self._kept_of_a_weight
             else:  # flash attention; keys and values are repeated for the heads that share them
                 elements += one.rows * 2 * (one.queries + one.keys) * architecture.query_size
         return elements
@@ -217,8 +219,15 @@ class Demand:
             passes.append(_AttentionPass(heads, 1, batch.prefix, batch.prefix))
         return passes
 
+    @property
+    def _kept_of_a_weight(self) -> int:
+        """Elements. Under a soft cap: what tanh gave, and what softmax gave, in fp32 and in the base's precision."""
+        if not self.architecture.is_softcapped:
+            return 1
+        return 2 if BYTES[self.key.dtype] == 4 else 4
+
     def _is_written_out(self, one: _AttentionPass) -> bool:
-        return self.device == "cpu" and one.keys <= MOST_WRITTEN_OUT
+        return self.architecture.is_softcapped or (self.device == "cpu" and one.keys <= MOST_WRITTEN_OUT)
 
 
 @dataclass(frozen=True)
