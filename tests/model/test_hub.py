@@ -341,6 +341,19 @@ def test_a_file_with_another_hash_is_thrown_away(hub: FakeHub, cache: Path, sing
     assert same_files(fetch(settings_for(hub, cache)).folder, single)
 
 
+@pytest.mark.parametrize("content", [b"\0" * 5000, b"\0" * 5_000_000], ids=["zeros", "more than the file has"])
+def test_a_part_that_a_power_cut_has_spoilt_is_downloaded_anew(
+    hub: FakeHub, cache: Path, single: Path, content: bytes
+) -> None:
+    partial = Catalogue(cache).partial(NAME, hub.add(NAME, single))
+    partial.mkdir(parents=True)
+    (partial / f"{SINGLE}.part").write_bytes(content)
+    told: list[Download] = []
+    located = weights.locate(key(), settings_for(hub, cache), tell=told.append)
+    assert same_files(located.folder, single)
+    assert told[-1].bytes_done == told[-1].bytes_total
+
+
 def test_a_small_file_with_another_hash_is_thrown_away(
     hub: FakeHub, cache: Path, single: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

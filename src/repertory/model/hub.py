@@ -223,6 +223,27 @@ class Hub:
         if path.is_file():
             return
         part = folder / f"{file.name}.part"
+        is_resumed = part.exists()
+        self._complete(client, snapshot, file, part, progress)
+        damage = file.damage(part)
+        if damage is not None and is_resumed:  # what was here from before may be what is wrong, after a power cut, say
+            progress.add(-part.stat().st_size)
+            part.unlink()
+            self._complete(client, snapshot, file, part, progress)
+            damage = file.damage(part)
+        if damage is not None:
+            part.unlink()
+            raise BaseModelUnavailable(
+                f"{file.name} of {snapshot.name} {damage}; what was downloaded is thrown away",
+                code="download_damaged",
+                cure="Try again. If it happens again, something between here and the hub changes what is downloaded:"
+                " a proxy, or the mirror that HF_ENDPOINT names.",
+            )
+        part.rename(path)
+
+    def _complete(
+        self, client: httpx.Client, snapshot: Snapshot, file: RemoteFile, part: Path, progress: Progress
+    ) -> None:
         url = f"{self._endpoint}/{snapshot.name}/resolve/{snapshot.commit}/{quote(file.name)}"
         attempts = Attempts(snapshot.name, self)
         while attempts.go_on():
@@ -234,16 +255,6 @@ class Hub:
                     begun = 0
                 if begun < file.size or file.size == 0:
                     self._append(client, url, snapshot, part, begun, file.size, progress, attempts)
-        damage = file.damage(part)
-        if damage is not None:
-            part.unlink()
-            raise BaseModelUnavailable(
-                f"{file.name} of {snapshot.name} {damage}; what was downloaded is thrown away",
-                code="download_damaged",
-                cure="Try again. If it happens again, something between here and the hub changes what is downloaded:"
-                " a proxy, or the mirror that HF_ENDPOINT names.",
-            )
-        part.rename(path)
 
     def _append(
         self,
