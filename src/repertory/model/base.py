@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import math
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Int8Params, Params4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -251,6 +253,11 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         memory_limit_bytes=limit,
     )
     _check_forward(base, name)
+    if key.quantization != "none":  # what was not quantized would keep the whole file mapped, read through once
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not isinstance(tensor, Params4bit | Int8Params):
+                tensor.data = tensor.data.clone()
+    give_back_memory(torch_device)
     return base
 
 
@@ -355,6 +362,15 @@ def free_bytes(kind: str) -> int:
     if kind == "cuda":
         return int(torch.cuda.mem_get_info(0)[0])
     return int(psutil.virtual_memory().available)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """What is not needed any more, to the device or the system: allocators would keep it for themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _max_positions(config: Any) -> int:

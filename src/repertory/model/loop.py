@@ -6,8 +6,6 @@ being answered and all of it otherwise, one forward pass at a time, so a request
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import queue
 import time
 from collections import deque
@@ -24,7 +22,7 @@ from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest, Eval
 from repertory.data.render import Renderer
 from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError, Unavailable
 from repertory.logs import without_text
-from repertory.model.base import Base, Outline, free_bytes
+from repertory.model.base import Base, Outline, free_bytes, give_back_memory
 from repertory.model.engine import Engine
 from repertory.model.estimate import estimate
 from repertory.model.evaluation import evaluate
@@ -165,7 +163,7 @@ class DeviceLoop:
             log.error("generation failed", **without_text(error))
             info, ran_out = _info_of(error), is_out_of_memory(error)
         if ran_out:  # and the activations that the traceback held are gone
-            self._give_back_memory()
+            give_back_memory(self.base.device)
             self.engine.shed(self._no_room().info)
         else:
             self.engine.fail_all(info)
@@ -196,14 +194,7 @@ class DeviceLoop:
     def _let_go(self, task: _Task) -> None:
         """Forget a task, and give the memory that it held back to the device or the system."""
         self._tasks.remove(task)
-        self._give_back_memory()
-
-    def _give_back_memory(self) -> None:
-        gc.collect()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed activations for itself otherwise
+        give_back_memory(self.base.device)
 
     def _start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
         if spec.training_id in self.run_ids:

@@ -6,7 +6,6 @@ largest micro-batch on an adapter that is thrown away. Where either says no, the
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Generator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from repertory.errors import InsufficientMemory, RepertoryError
-from repertory.model.base import Base, Outline
+from repertory.model.base import Base, Outline, give_back_memory
 from repertory.model.hyperparameters import TrainConfig
 from repertory.model.lora import Adapter, Training, choose_layers
 from repertory.model.memory import BatchShape, Demand, cures, gib
@@ -89,9 +88,7 @@ def release(adapter: Adapter) -> None:
     """Give back what a pass that broke off has left: gradients, and activations that only its traceback held."""
     for parameter in adapter.parameters:
         parameter.grad = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory(next(iter(adapter.A.values())).device)
 
 
 def does_not_fit(base: Base, plan: Plan) -> InsufficientMemory:
