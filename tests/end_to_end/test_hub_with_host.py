@@ -47,7 +47,7 @@ def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFacto
         MODEL_CACHE_DIR=str(folder / "cache"),
         DEFAULT_BASE_MODEL="tiny/default",
         HF_ENDPOINT=hub.url,
-        HF_HUB_DOWNLOAD_TIMEOUT="1",
+        HF_HUB_DOWNLOAD_TIMEOUT="2",
         HUGGINGFACE_TOKEN=CANARY,
         OMP_NUM_THREADS="1",
     )
@@ -145,7 +145,7 @@ def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub
     hub.add("acme/stalls", original)
     hub.stall_after = 100
     error = failure(service, "acme/stalls")
-    assert "nothing to speak of for 1 seconds" in error["message"]
+    assert "nothing to speak of for 2 seconds" in error["message"]
     assert "HF_HUB_DOWNLOAD_TIMEOUT" in error["cure"]
 
 
@@ -163,7 +163,7 @@ def test_a_download_shows_its_progress_delays_nobody_and_stops_with_its_job(
     service: RunningService, hub: FakeHub, original: Path
 ) -> None:
     commit = hub.add("acme/slow", original)
-    hub.bytes_per_second = 4_000  # some hundred seconds in all
+    hub.bytes_per_second = 6_000  # some seventy seconds in all
     training_id = service.train("slow", base_model="acme/slow", **JOB)
 
     def progress() -> dict[str, Any] | None:
