@@ -128,6 +128,41 @@ def test_damage_inside_an_archive_is_found_where_it_is(tmp_path: Path) -> None:
     assert broken.path == "aaa/2023-11-14.json"
 
 
+@pytest.mark.parametrize("sizes_follow", [False, True])
+def test_an_archive_cut_at_any_byte_gives_the_files_before(sizes_follow: bool, tmp_path: Path) -> None:
+    """A packer that writes to a stream puts the sizes of a file after it."""
+    said = [
+        Entry(channel=channel, id="1", author_id="u1", author="Ana", text=f"hi {channel}", time=1.7e9)
+        for channel in "abc"
+    ]
+    path = exports.slack(said, tmp_path)
+    if sizes_follow:
+        path = _streamed(path)
+    content = path.read_bytes()
+    cut = tmp_path / "cut.zip"
+    before = 3
+    for length in range(len(content) - 1, 3, -1):
+        cut.write_bytes(content[:length])
+        entries, codes = _read_or_refused(cut)
+        assert len(entries) <= before, "more is read of less"
+        assert codes & {"file_broken", "archive_refused", "export_missing"}
+        before = len(entries)
+    assert before == 0
+    cut.write_bytes(content[: content.index(b"PK\x01\x02")])
+    entries, codes = _read_or_refused(cut)
+    assert [entry.text for entry in entries] == ["hi a", "hi b", "hi c"]
+    assert codes == {"file_broken"}
+
+
+def test_a_bomb_without_a_table_of_contents_breaks_off(tmp_path: Path) -> None:
+    path = _zip(tmp_path, {"general/2024-01-01.json": b'[{"ts": "1.0", "x": "' + b"0" * (50 << 20) + b'"}]'})
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"PK\x01\x02")])
+    with open_history(path, "slack") as history:
+        assert list(history) == []
+    assert any("expands" in finding.what for finding in history.report.findings.kept)
+
+
 @pytest.mark.parametrize("name", ["slack.zip", "export.zip"])
 def test_an_archive_that_is_no_archive_is_an_error_with_a_cure(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PK\x03\x04 and then nothing of the kind")
@@ -163,6 +198,36 @@ def test_a_large_export_is_read_in_flat_memory(tmp_path: Path) -> None:
 
     peak(100)  # what is loaded once
     assert peak(20_000) < peak(4_000) + (1 << 20)
+
+
+def _read_or_refused(path: Path) -> tuple[list[Entry], set[str]]:
+    try:
+        with open_history(path, "slack") as history:
+            return list(history), set(history.report.findings.counts) - {"author_unknown"}
+    except InvalidInput as refused:
+        return [], {refused.code}
+
+
+def _streamed(path: Path) -> Path:
+    """The same archive as it is written where nobody can go back to the beginning of a file."""
+
+    class Stream(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def tell(self) -> int:
+            raise OSError
+
+        def seek(self, *_: int) -> int:
+            raise OSError
+
+    stream = Stream()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as streamed:
+        for info in archive.infolist():
+            streamed.writestr(info.filename, archive.read(info))
+    other = path.with_name("streamed.zip")
+    other.write_bytes(stream.getvalue())
+    return other
 
 
 def _zip(folder: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:

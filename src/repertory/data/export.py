@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
+from repertory.data import cut_archive
 from repertory.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class ExportFile:
 class Export:
     name: str
     files: list[ExportFile]  # in order of their names
+    broken: str | None = None  # why there may be more files than these
 
     def find(self, base: str) -> ExportFile | None:
         """The file of that name closest to the top, or None."""
@@ -107,7 +109,8 @@ class Export:
 
             return io.BufferedReader(_Counted(file.open(), count), CHUNK_BYTES)
 
-        return Export(self.name, [ExportFile(file.name, file.size, partial(opened, file)) for file in self.files])
+        files = [ExportFile(file.name, file.size, partial(opened, file)) for file in self.files]
+        return Export(self.name, files, self.broken)
 
     def with_suffix(self, *suffixes: str) -> list[ExportFile]:
         return [file for file in self.files if file.suffix in suffixes]
@@ -146,7 +149,8 @@ def open_export(path: Path) -> Iterator[Export]:
         try:
             archive = zipfile.ZipFile(path)
         except BROKEN_ARCHIVE as broken:
-            raise _refused(path, f"its table of contents cannot be read ({broken})", "Download it again.") from broken
+            yield _cut_archive(path, broken)
+            return
         with archive:
             _refuse_hostile(path, archive)
             yield Export(path.name, _archive_files(archive))
@@ -177,6 +181,21 @@ def _opener(path: Path) -> Callable[[], IO[bytes]]:
 def _archive_files(archive: zipfile.ZipFile) -> list[ExportFile]:
     infos = [info for info in archive.infolist() if not info.is_dir() and not _is_link(info)]
     return [ExportFile(info.filename, info.file_size, _member(archive, info)) for info in _by_name(infos)]
+
+
+def _cut_archive(path: Path, broken: Exception) -> Export:
+    """What can be followed from the beginning of an archive without its table of contents."""
+    files = []
+    for member in cut_archive.members(path, MAX_RATIO, RATIO_FREE_BYTES):
+        size = (path.stat().st_size if member.end is None else member.end) - member.begin  # packed, for want of better
+        opener = partial(cut_archive.open_member, path, member, MAX_RATIO, RATIO_FREE_BYTES)
+        files.append(ExportFile(member.name, size, opener))
+        if len(files) > MAX_FILES:
+            raise _refused(path, f"it has more than {MAX_FILES:,} files", "Split it.")
+    if not files:
+        raise _refused(path, f"its table of contents cannot be read ({broken})", "Download it again.") from broken
+    why = f"The archive has no table of contents ({broken}); the {len(files):,} files that were found are read."
+    return Export(path.name, sorted(files, key=lambda file: file.name), why)
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[bytes]]:

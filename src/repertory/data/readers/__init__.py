@@ -61,6 +61,8 @@ def open_history(
         if tell is not None:
             export = export.told(tell)
         report = ImportReport(reader.NAME)
+        if export.broken:
+            report.findings.add("file_broken", export.name, None, export.broken)
         reading = Reading(export, options or ReadOptions(), report)
         yield History(reader.read(reading), report)
 
