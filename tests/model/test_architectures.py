@@ -197,11 +197,7 @@ WINDOW = {"num_key_value_heads": 2, "sliding_window": 16}
 OTHERWISE: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent": ("rwkv", {}, "packed rows|attribute"),
     "state space": ("mamba", {"state_size": 4}, "packed rows"),
-    "some blocks without attention": (
-        "qwen3_next",
-        {"num_experts": 4, "moe_intermediate_size": 32},
-        "have no attention",
-    ),
+    "some blocks without attention": ("qwen3_next", tiny.MIXTURE | {"num_experts": 16}, "have no attention"),
     "attention of its own": ("bloom", {}, "have no attention"),
     "attention that cannot be exchanged": ("falcon", {}, "cannot be exchanged"),
     "attention sinks": ("gpt_oss", {"num_key_value_heads": 2}, "s_aux"),
