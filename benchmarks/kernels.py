@@ -40,6 +40,7 @@ def main() -> None:
     table.add_row("attention, forward and backward, 4 rows of 96 + 24 tokens", *attention(4, 96, 24), "ms")
     table.add_row("attention, forward and backward, 16 rows of 32 + 440 tokens", *attention(16, 32, 440), "ms")
     table.add_row("dropout mask, 416 x 576", *dropout(), "ms")
+    table.add_row("an optimizer step over the adapter's 420 tensors", *optimizer(), "ms")
     table.add_row("a product alone on the machine: waiting threads spin, sleep", *products(busy=False), "ms")
     table.add_row("a product beside one busy process: waiting threads spin, sleep", *products(busy=True), "ms")
     Console().print(table)
@@ -96,6 +97,16 @@ def attention(rows: int, tokens: int, prefix: int) -> tuple[str, str]:
         causal_attention(query, key, value, 3, how).backward(gradient)
 
     return f"{milliseconds(flash):.2f}", f"{milliseconds(ours):.2f}"
+
+
+def optimizer() -> tuple[str, str]:
+    layers = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
+    shapes = [shape for out, inner in layers for shape in ((16, inner), (out, 16))]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    plain, fused = torch.optim.AdamW(parameters), torch.optim.AdamW(parameters, fused=True)
+    return f"{milliseconds(plain.step):.2f}", f"{milliseconds(fused.step):.2f}"
 
 
 def dropout() -> tuple[str, str]:

@@ -98,8 +98,8 @@ def test_a_voice_whose_weights_overflow_does_not_disturb_the_others(base: Base) 
     alone = ask(engine, "ok", None, temperature=0.9, seed=3)
     drain(engine)
     broken = adapter_of(base, 1)
-    for B in broken.B.values():
-        B.fill_(float("nan"))
+    for A in broken.A.values():
+        A.fill_(float("nan"))
     beside = ask(engine, "ok", None, temperature=0.9, seed=3)
     ask(engine, "ok", broken, temperature=0.9)
     drain(engine)

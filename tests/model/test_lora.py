@@ -140,6 +140,14 @@ def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
                 assert torch.allclose(corrected[:, at : at + 1], alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_not_finite_are_not_served(base: Base, value: float) -> None:
+    voice = trained(base)
+    next(iter(voice.B.values())).data[0, 0] = value
+    with pytest.raises(AdapterUnusable, match="not finite"):
+        voice.to(base.device, torch.float16)
+
+
 def test_rows_of_one_voice_need_no_stack(base: Base) -> None:
     voice = trained(base)
     stacks = AdapterStacks()

@@ -191,12 +191,15 @@ class Adapter:
         return Adapter(self.config, leaves(self.A), leaves(self.B))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """A copy to serve from."""
+        """A copy to serve from. Raises AdapterUnusable where a weight is no finite number there."""
 
         def moved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: weight.detach().to(device, dtype) for name, weight in weights.items()}
 
-        return Adapter(self.config, moved(self.A), moved(self.B))
+        copy = Adapter(self.config, moved(self.A), moved(self.B))
+        if not all(weight.isfinite().all() for weight in copy.parameters):
+            raise AdapterUnusable(f"the adapter has weights that are not finite in {dtype}")
+        return copy
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under PEFT's names."""
@@ -368,8 +371,9 @@ class _FusedLora(torch.autograd.Function):
 class Serving:
     """Each token with the adapter of its voice: first one token of every decoding row, then a chunk of one prompt.
 
-    Distinct adapters take part in one batched product over their stacked weights, so each is read once however many
-    rows it has; tokens of the bare base take no part at all.
+    All voices of the decoding rows take part in two products, over their weights side by side, so each is read once
+    however many rows it has. In between a mask leaves to each row what is its own voice's, and nothing to a row of the
+    bare base.
     """
 
     def __init__(self, rows: Sequence[Adapter | None], chunk: Adapter | None, stacks: AdapterStacks) -> None:
@@ -377,47 +381,42 @@ class Serving:
         self.chunk = chunk
         self.voices = list({id(adapter): adapter for adapter in rows if adapter is not None}.values())
         self.stacks = stacks
-        tokens = [[at for at, owner in enumerate(rows) if owner is voice] for voice in self.voices]
-        self.is_one_voice = len(self.voices) == 1 and len(tokens[0]) == self.row_count
-        if self.voices and not self.is_one_voice:
-            device = next(iter(self.voices[0].A.values())).device
-            most = max(len(of_voice) for of_voice in tokens)
-            # (voices, most): a voice with fewer rows repeats its last; `_kept` leaves the repetitions out.
-            padded = [of_voice + of_voice[-1:] * (most - len(of_voice)) for of_voice in tokens]
-            kept = [voice * most + at for voice, of_voice in enumerate(tokens) for at in range(len(of_voice))]
-            self._tokens = torch.tensor(padded, device=device)
-            self._kept = torch.tensor(kept, device=device)
-            self._targets = torch.tensor([at for of_voice in tokens for at in of_voice], device=device)
+        self._others: Tensor | None = None  # (rows, voices, 1), whose voice a row is not; None: one voice for all
+        if self.voices and any(adapter is not self.voices[0] for adapter in rows):
+            others = [[adapter is not voice for voice in self.voices] for adapter in rows]
+            self._others = torch.tensor(others, device=next(iter(self.voices[0].A.values())).device)[:, :, None]
 
     def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        name, y = layer.name, layer.base(x)
-        if self.is_one_voice:
-            _add_product(self.voices[0], name, x[..., : self.row_count, :], y[..., : self.row_count, :])
-        elif any(name in voice.A for voice in self.voices):
-            A, B = self.stacks.of(self.voices, name)
-            low_rank = torch.bmm(x.view(-1, x.shape[-1])[self._tokens], A.transpose(1, 2))
-            corrections = torch.bmm(low_rank, B.transpose(1, 2)).flatten(0, 1)
-            y.view(-1, y.shape[-1]).index_add_(0, self._targets, corrections[self._kept])
+        y: Tensor = layer.base(x)
+        tokens, corrected = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        rows = self.row_count
+        if self._others is None:
+            _add_product(self.voices[:1], layer.name, tokens[:rows], corrected[:rows])
+        elif any(layer.name in voice.A for voice in self.voices):
+            A, B = self.stacks.of(self.voices, layer.name)
+            low_rank = F.linear(tokens[:rows], A).view(rows, len(self.voices), -1)
+            # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
+            corrected[:rows].addmm_(low_rank.masked_fill_(self._others, 0).view(rows, -1), B)
         if self.chunk is not None:
-            _add_product(self.chunk, name, x[..., self.row_count :, :], y[..., self.row_count :, :])
-        return y  # type: ignore[no-any-return]
+            _add_product([self.chunk], layer.name, tokens[rows:], corrected[rows:])
+        return y
 
 
-def _add_product(adapter: Adapter, name: str, x: Tensor, y: Tensor) -> None:
-    A = adapter.A.get(name)
-    if A is not None:
-        y.add_(F.linear(F.linear(x, A), adapter.B[name]), alpha=adapter.config.scaling)
+def _add_product(voices: Sequence[Adapter], name: str, x: Tensor, y: Tensor) -> None:
+    for voice in voices:
+        if name in voice.A:
+            y.addmm_(F.linear(x, voice.A[name]), voice.B[name].t(), alpha=voice.config.scaling)
 
 
 class AdapterStacks:
-    """The weights of the voices that decode together, stacked layer by layer: kept while they are the same voices."""
+    """The weights of the voices that decode together, side by side: kept while they are the same voices."""
 
     def __init__(self) -> None:
         self._voices: list[Adapter] = []
         self._layers: dict[str, tuple[Tensor, Tensor]] = {}
 
     def of(self, voices: list[Adapter], name: str) -> tuple[Tensor, Tensor]:
-        """A (voices, r, in_features) and scaled B (voices, out_features, r), r the largest rank among them."""
+        """Scaled A (voices * r, in_features) and B (voices * r, out_features), r the largest rank among them."""
         if [id(voice) for voice in voices] != [id(voice) for voice in self._voices]:
             self._voices, self._layers = list(voices), {}
         if name not in self._layers:
@@ -431,9 +430,9 @@ class AdapterStacks:
         rank = max(voice.config.rank for voice in self._voices)
         like = next(voice for voice in self._voices if name in voice.A)
         A = like.A[name].new_zeros(len(self._voices), rank, like.A[name].shape[1])
-        B = like.B[name].new_zeros(len(self._voices), like.B[name].shape[0], rank)
+        B = like.B[name].new_zeros(len(self._voices), rank, like.B[name].shape[0])
         for at, voice in enumerate(self._voices):
             if name in voice.A:
-                A[at, : voice.config.rank] = voice.A[name]
-                B[at, :, : voice.config.rank] = voice.B[name] * voice.config.scaling
-        return A, B
+                A[at, : voice.config.rank] = voice.A[name] * voice.config.scaling
+                B[at, : voice.config.rank] = voice.B[name].t()
+        return A.flatten(0, 1), B.flatten(0, 1)
