@@ -29,6 +29,7 @@ from repertory.data.render import Renderer
 from repertory.errors import InvalidInput
 from repertory.settings import Settings
 
+MAX_BODY_BYTES = 64 << 20  # as the service has it
 SHOWN_AUTHORS = 20
 SHOWN_FINDINGS = 20
 DEFAULT_MAX_SEQ_LENGTH = 2048
@@ -135,6 +136,9 @@ def write(prepared: Prepared, org_id: str, output: Path | None) -> Path:
 
 
 def start_command(body: Path, settings: Settings) -> str:
+    """How to send it, or why it cannot be sent."""
+    if body.stat().st_size > MAX_BODY_BYTES:
+        return f"it is larger than the {MAX_BODY_BYTES >> 20} MiB that a request may have; import less of the history."
     url = f"http://localhost:{settings.port}/api/v1/training/start"
     return f"curl -X POST {url} -H 'Content-Type: application/json' -d @{quote(str(body))}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -572,6 +573,15 @@ def test_chatgpt_walks_the_branch_that_was_seen(tmp_path: Path) -> None:
     assert [e.text for e in entries if e.channel == "l"] == ["y", "x"]
     assert [e.text for e in entries if e.channel == "w"] == ["question", "regenerated away"]
     assert report.findings.counts == {"provider_voice": 1}
+
+
+def test_chatgpt_citations_that_never_end_take_no_time(tmp_path: Path) -> None:
+    message = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["\ue200" * 300_000]}}
+    tree = {"id": "c", "mapping": {"a": {"id": "a", "parent": None, "message": message}}, "current_node": "a"}
+    begun = time.process_time()
+    (entry,), _ = _read(_json(tmp_path / "conversations.json", [tree]))
+    assert len(entry.text) == 300_000
+    assert time.process_time() - begun < 5
 
 
 def test_claude_prefers_text_parts_and_follows_parents(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from random import Random
@@ -155,6 +156,17 @@ def test_whose_words_are_in_it_is_recorded_hashed_and_per_organisation() -> None
 )
 def test_noise(text: str, reason: str | None) -> None:
     assert noise(say("ana", text), is_persona=True) == reason
+
+
+def test_no_text_takes_a_pattern_for_ever() -> None:
+    """Texts on which careless patterns take exponential or quadratic time; a second is a thousand times enough."""
+    begun = time.process_time()
+    repeated = ("https://a", "<", "a.", "@", "1 ", "```", ":", "> ", "-----BEGIN ", "a@", "+49 1")
+    for text in (f"{part * (4000 // len(part))} x" for part in repeated):
+        noise(say("ana", text), is_persona=True)
+        Surrogates().replace(text)
+        style_card([text], 1)
+    assert time.process_time() - begun < 5
 
 
 def test_others_links_are_context_and_forwards_are_not_the_authors_voice() -> None:

@@ -15,6 +15,7 @@ from repertory import cli, importer
 from repertory.data.history import Entry
 from repertory.data.readers import FORMATS
 from repertory.errors import InvalidInput
+from repertory.service.api.body import MAX_BODY_BYTES
 from repertory.service.api.schemas import StartTraining
 
 Import = Callable[..., Result]
@@ -140,6 +141,14 @@ def test_rows_that_do_not_fit_are_counted(imported: Import, tmp_path: Path) -> N
     tokens = json.loads(shown.stdout)["tokens"]
     assert (tokens["measured"], tokens["shortened"] + tokens["left_out"]) == (3, 2)
     assert tokens["left_out"] >= 1
+
+
+def test_a_body_that_the_service_would_refuse_is_told(
+    imported: Import, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert importer.MAX_BODY_BYTES == MAX_BODY_BYTES
+    monkeypatch.setattr(importer, "MAX_BODY_BYTES", 100)
+    assert "import less of the history" in imported(export, "--persona", "ana").stdout
 
 
 def test_every_format_can_be_named(imported: Import, export: Path) -> None:

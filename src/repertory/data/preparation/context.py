@@ -20,6 +20,7 @@ CONTEXT_MESSAGES = 20
 CONTEXT_CHARACTERS = 1000  # so that what is repeated costs less than what is learned
 MAX_CHARACTERS = 4000  # of one conversation besides; about a thousand tokens of English
 QUOTE_CHARACTERS = 60
+REPLY_REACH = 1000  # turns; a reply to something older is answered too late to be worth looking for
 
 _NICK_PREFIX = re.compile(r"@?(.{1,40}?)\s?[:,]\s")
 
@@ -51,7 +52,8 @@ def target(turns: Sequence[Turn], at: int, voices: Voices) -> tuple[int | None, 
     earlier = range(at - 1, max(-1, at - 1 - 2 * CONTEXT_MESSAGES), -1)
     others = [i for i in earlier if turns[i].author_id != turn.author_id]
     if turn.reply_to is not None:
-        found = next((i for i in range(at - 1, -1, -1) if turn.reply_to in turns[i].ids), None)
+        reach = range(at - 1, max(-1, at - 1 - REPLY_REACH), -1)
+        found = next((i for i in reach if turn.reply_to in turns[i].ids), None)
         if found is not None:
             return found, True
     for mentioned in turn.mentions:

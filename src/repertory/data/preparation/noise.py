@@ -13,7 +13,7 @@ MAX_CODE_LINES = 15
 MAX_CHARACTERS = 4000  # a longer message was pasted, not said
 
 _COMMAND = re.compile(r"[!/.$?-][A-Za-z][\w-]*(?:\s|$)")
-_LINKS = re.compile(r"(?:<?https?://\S+>?\s*)+")
+_LINKS = re.compile(r"(?:<?https?://\S+(?:\s+|\Z))+")  # \S+ may hold another https://: without the space, 2^n ways
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _QUOTE = re.compile(r"^>{1,3} ?.*(?:\n|\Z)", re.MULTILINE)
 

@@ -101,7 +101,7 @@ def prepare(history: History, options: PrepareOptions) -> Prepared:
 
     Raises InvalidInput where the persona is unknown or ambiguous, or nothing to learn from is left.
     """
-    entries = [entry for entry in history if entry.kind in ("said", "prompt")]
+    entries = _kept(history)
     read = history.report
     is_dialogue = set(read.authors) <= {"user", ASSISTANT} and bool(read.authors)
     prompts = {entry.channel: entry.text for entry in entries if entry.kind == "prompt"}
@@ -201,6 +201,19 @@ def system_prompt(name: str, in_groups: bool) -> str:
     """What the voice is told, at training and at serving alike."""
     about = f"You are {name}, chatting."
     return f"{about} Where several people speak, each line says who." if in_groups else about
+
+
+def _kept(history: History) -> list[Entry]:
+    """The words and system prompts, with one string for each name: every record of an export brings its own."""
+    names: dict[str, str] = {}
+    kept = []
+    for entry in history:
+        if entry.kind in ("said", "prompt"):
+            entry.author_id = names.setdefault(entry.author_id, entry.author_id)
+            entry.author = names.setdefault(entry.author, entry.author)
+            entry.channel = names.setdefault(entry.channel, entry.channel)
+            kept.append(entry)
+    return kept
 
 
 def _reading(read: ImportReport, kept: int) -> Stage:

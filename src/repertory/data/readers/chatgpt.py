@@ -18,7 +18,7 @@ from repertory.data.readers.reading import Reading
 NAME = "chatgpt"
 TITLE = "ChatGPT export"
 
-_CITATION = re.compile("\ue200[^\ue201]*\ue201")
+_CITATION = re.compile("\ue200[^\ue200\ue201]*\ue201")
 
 
 def recognises(export: Export) -> bool:
@@ -27,7 +27,8 @@ def recognises(export: Export) -> bool:
 
 def _is_export(file: ExportFile) -> bool:
     paths = record_shape(file)
-    return "mapping" in paths and ("current_node" in paths or "create_time" in paths)
+    is_tree = any(path.startswith("mapping.") and path.endswith(".parent") for path in paths)
+    return "mapping" in paths and (is_tree or "current_node" in paths or "create_time" in paths)
 
 
 def read(reading: Reading) -> Iterator[Entry]:
