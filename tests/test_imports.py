@@ -15,6 +15,10 @@ import pytest
         ("repertory.model.host, repertory.model.loop", {"sqlalchemy", "fastapi", "alembic", "repertory.service"}),
         ("repertory.cli, repertory.doctor", {"torch", "transformers", "repertory.model.host"}),
         ("repertory.contracts, repertory.settings, repertory.data.conversations", {"torch", "sqlalchemy", "fastapi"}),
+        (
+            "repertory.data.readers, repertory.data.preparation.pipeline, repertory.importer",
+            {"torch", "transformers", "pyarrow", "sqlalchemy", "fastapi", "repertory.model", "repertory.service"},
+        ),
     ],
 )
 def test_a_room_does_not_pull_in_another(modules: str, absent: set[str]) -> None:
