@@ -169,6 +169,33 @@ def test_no_text_takes_a_pattern_for_ever() -> None:
     assert time.process_time() - begun < 5
 
 
+@pytest.mark.parametrize("text", ["", " ", "\u200b", "\u200d \ufeff"])
+def test_what_nobody_can_see_is_left_out(text: str) -> None:
+    entries = [say("bob", "hi"), say("ana", text, 1), say("bob", "?", 2), say("ana", "yes", 3)]
+    assert [shown(c) for c in run(entries).conversations] == [["hi\n?", "*yes"]]
+    turns = [("user", "hi"), ("assistant", text), ("user", "?"), ("assistant", "yes")]
+    said = [Entry("1", f"{n}", role, role, words) for n, (role, words) in enumerate(turns)]
+    made = prepare(History(said, ImportReport("messages")), PrepareOptions())
+    assert [shown(c) for c in made.conversations] == [["hi\n?", "*yes"]]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1e300, 1e300])
+def test_a_time_that_is_none_is_reported_and_stalls_nothing(wrong: float) -> None:
+    entries = [say("bob", "hi"), say("ana", "yes", 1)]
+    entries[0].time = wrong
+    made = run(entries)
+    assert [shown(c) for c in made.conversations] == [["hi", "*yes"]]
+    assert made.report.findings.counts["time_missing"] == 1
+
+
+def test_names_that_are_no_unicode_are_mended() -> None:
+    entries = [say("bob", "hi", author="B\ud800b"), say("carl", "ho", 0.5, author="C\0"), say("ana", "yes", 1)]
+    entries[0].author_id = "b\udfff"
+    made = run(entries)
+    assert shown(made.conversations[0]) == ["B\ufffdb: hi\nC\ufffd: ho", "*yes"]
+    assert made.report.findings.counts["text_repaired"] == 2
+
+
 def test_others_links_are_context_and_forwards_are_not_the_authors_voice() -> None:
     assert noise(say("bob", "https://x.y/z"), is_persona=False) is None
     assert noise(say("ana", "theirs", is_forwarded=True), is_persona=True) == "forwarded"

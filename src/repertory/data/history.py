@@ -13,6 +13,9 @@ from typing import Literal
 
 from repertory.data.findings import Findings
 
+LAST_SECOND = 253_402_300_800  # the year 10000
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+
 Kind = Literal["said", "service", "prompt", "deleted"]
 
 
@@ -86,9 +89,12 @@ class History:
         report = self.report
         for entry in self._entries:
             report.entries += 1
-            text = entry.text
-            if not text.isascii() or "\0" in text:
-                self._mend(entry)
+            said = entry.text + entry.author + entry.author_id + entry.channel
+            if not said.isascii() or "\0" in said:
+                self._mend(entry, said)
+            if entry.time is not None and not 0 <= entry.time < LAST_SECOND:  # NaN is not either
+                entry.time = None
+                report.findings.add("time_missing", entry.file, entry.line)
             report.channels.add(entry.channel)
             if entry.kind != "said":
                 report.other[entry.kind] += 1
@@ -114,17 +120,20 @@ class History:
             if author.last is None or entry.time > author.last:
                 author.last = entry.time
 
-    def _mend(self, entry: Entry) -> None:
+    def _mend(self, entry: Entry, said: str) -> None:
         """Half surrogates (bytes that were no UTF-8 are read as such) and NUL can be neither stored nor tokenized."""
-        try:
-            entry.text.encode()
-            if "\0" not in entry.text:
-                return
-        except UnicodeEncodeError:
-            pass
-        entry.text = _storable(entry.text)
+        if _storable(said) == said:
+            return
+        entry.text, entry.author = _storable(entry.text), _storable(entry.author)
+        entry.author_id, entry.channel = _storable(entry.author_id), _storable(entry.channel)
         self.report.findings.add("text_repaired", entry.file, entry.line)
 
 
 def _storable(text: str) -> str:
+    try:
+        text.encode()
+        if "\0" not in text:
+            return text
+    except UnicodeEncodeError:
+        pass
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")

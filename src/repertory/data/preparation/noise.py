@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from repertory.data.history import Entry
+from repertory.data.history import INVISIBLE, Entry
 
 MAX_CODE_LINES = 15
 MAX_CHARACTERS = 4000  # a longer message was pasted, not said
@@ -23,10 +23,15 @@ def without_quotes(text: str) -> str:
     return _QUOTE.sub("", text).strip("\n") if ">" in text else text
 
 
+def has_words(text: str) -> bool:
+    """Whether there is anything to see in it."""
+    return any(not character.isspace() and character not in INVISIBLE for character in text)
+
+
 def noise(entry: Entry, *, is_persona: bool) -> str | None:
     """Why the entry is left out, or None. `entry.text` has no quotes any more."""
     text = entry.text
-    if not text.strip():
+    if not has_words(text):
         return "no_words"
     if entry.is_forwarded:
         return "forwarded"

@@ -16,7 +16,7 @@ from repertory.data.history import Author, Entry, History, ImportReport
 from repertory.data.preparation.context import Piece, Voices, pieces
 from repertory.data.preparation.duplicates import leakage, without_duplicates
 from repertory.data.preparation.identity import Identity, find_all, hashed, identify, labels
-from repertory.data.preparation.noise import noise, without_quotes
+from repertory.data.preparation.noise import has_words, noise, without_quotes
 from repertory.data.preparation.privacy import Surrogates
 from repertory.data.preparation.sessions import Session, gap_for, sessions, streams, turns
 from repertory.data.preparation.style import StyleCard, style_card
@@ -118,7 +118,9 @@ def prepare(history: History, options: PrepareOptions) -> Prepared:
             cure="Take it from the list, or choose another persona.",
         )
     said = _stage(stages, "people", said, lambda entry: _unwelcome(entry, identity, excluded, options))
-    if not is_dialogue:
+    if is_dialogue:
+        said = _stage(stages, "noise", said, lambda entry: None if has_words(entry.text) else "no_words")
+    else:
         for entry in said:
             entry.text = without_quotes(entry.text)
         said = _stage(stages, "noise", said, lambda e: noise(e, is_persona=e.author_id in identity.persona))
@@ -296,7 +298,7 @@ def _clean(all_sessions: Iterable[Session], surrogates: Surrogates, masked: Call
 def _with_prompt(piece: Piece, session: Session, prompts: dict[str, str]) -> Piece:
     """The piece after the system prompt of its channel, where the history brings one."""
     prompt = prompts.get(session.channel)
-    if not prompt or not prompt.strip():
+    if not prompt or not has_words(prompt):
         return piece
     messages = [Message(role="system", content=prompt), *piece.conversation.messages]
     return Piece(piece.conversation.model_copy(update={"messages": messages}), piece.authors)
