@@ -36,6 +36,7 @@ from repertory.model.attention import (
     check_masks,
     layout_in_force,
 )
+from repertory.model.gatedmlp import slim_gated_mlps
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
@@ -234,6 +235,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             # otherwise than the one training uses, and that takes only some widths.
             module.support_avx512bf16_for_cpu = False
     replace_rms_norms(model)
+    slim_gated_mlps(model)
     body, blocks, prefix = _parts(model, name)
     router = Router()
     layers = wrap_linear_layers(blocks, prefix, router)

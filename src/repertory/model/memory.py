@@ -193,7 +193,7 @@ class Demand:
     def _kept_by_an_mlp(self) -> int:
         """Its norm keeps its input, the activation function its own, and a gate both of its factors."""
         architecture = self.architecture
-        features = architecture.hidden_size + (3 if architecture.is_gated else 1) * architecture.intermediate_size
+        features = architecture.hidden_size + (2 if architecture.is_gated else 1) * architecture.intermediate_size
         return self.batch.tokens * features * BYTES[self.key.dtype]
 
     def _attention_elements(self) -> int:
