@@ -374,8 +374,11 @@ def test_too_long_conversations_are_shortened_or_left_out_and_counted(base: Base
     chats = [conversation(2, at) for at in range(12)] + [conversation(12, 50)]
     endless = Message(role="assistant", content="arr " * 300)
     chats.append(Conversation(messages=[Message(role="user", content="sing"), endless]))
-    spec = make_spec(conversations=chats, max_seq_length=200)
-    events = run_to_end(base, spec, until=lambda event: event.kind == "running")
+    events = run_to_end(base, make_spec(conversations=chats, max_seq_length=200))
+    report = events[-1].data["report"]
+    assert report["left_out"] == [13]
+    assert [cut["conversation"] for cut in report["shortened"]] == [12]
+    assert 0 < report["shortened"][0]["dropped_messages"] < 24
     warnings = " ".join(events[-1].data["warnings"])
     assert "1 conversations were left out" in warnings
     assert "1 conversations lost their oldest messages" in warnings

@@ -46,7 +46,9 @@ def estimate(
     work.expect(plan, 0, sum(len(row.input_ids) for row in data.held_out or rows))
     advice = [cut.warning for cut in plan.cuts[-1:]]
     if data.shortened:
-        advice.append(f"{data.shortened} conversations lose their oldest messages; raise max_seq_length to keep them.")
+        advice.append(
+            f"{len(data.shortened)} conversations lose their oldest messages; raise max_seq_length to keep them."
+        )
     if data.skipped:
         advice.append(f"{len(data.skipped)} conversations are left out: too long for max_seq_length.")
     answer = _answer(len(conversations), plan.config, needed, available_bytes, advice)
@@ -54,7 +56,7 @@ def estimate(
         update={
             "tokens": sum(len(row.input_ids) for row in rows),
             "trained_tokens": sum(row.trained_tokens for row in rows),
-            "truncated_rows": data.shortened,
+            "truncated_rows": len(data.shortened),
             "skipped_rows": len(data.skipped),
             "seconds": None if rate is None else round(work.total / rate, 1),
         }

@@ -378,6 +378,8 @@ class TrainingRun:
             "scored_conversations": len(voice_score.row_nll),
             "scored_tokens": voice_score.tokens,
             "scored_on": "held-out" if data.held_out else "training",
+            "shortened": [{"conversation": at, "dropped_messages": count} for at, count in data.shortened.items()],
+            "left_out": data.skipped,
         }
 
     # What is told

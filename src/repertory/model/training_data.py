@@ -27,17 +27,15 @@ class TrainingData:
         self.rendered: list[tuple[list[Message], Row]] = []  # all of them, with what they were made of
         self.canaries: list[Canary] = []  # planted among `training`
         self.skipped: list[int] = []  # indices of conversations too long even for their last exchange
-        self.shortened = 0  # rows that lost their oldest messages
+        self.shortened: dict[int, int] = {}  # index of a conversation to how many of its oldest messages it lost
 
-    def add(self, renderer: Renderer, messages: list[Message], longest: int, rows: list[Row]) -> bool:
-        """Render `messages` into `rows`. False: they are too long even for their last exchange."""
+    def add(self, renderer: Renderer, messages: list[Message], longest: int, rows: list[Row]) -> Row | None:
+        """Render `messages` into `rows`. None: they are too long even for their last exchange."""
         row = renderer.row(messages, longest)
-        if row is None:
-            return False
-        rows.append(row)
-        self.rendered.append((messages, row))
-        self.shortened += row.dropped_messages > 0
-        return True
+        if row is not None:
+            rows.append(row)
+            self.rendered.append((messages, row))
+        return row
 
     @property
     def held_out_conversations(self) -> list[Conversation]:
@@ -64,7 +62,7 @@ class TrainingData:
         if self.skipped:
             found.append(f"{len(self.skipped)} conversations were left out: too long for max_seq_length.")
         if self.shortened:
-            found.append(f"{self.shortened} conversations lost their oldest messages to fit max_seq_length.")
+            found.append(f"{len(self.shortened)} conversations lost their oldest messages to fit max_seq_length.")
         return found
 
 
@@ -83,8 +81,11 @@ def training_data(
     data = TrainingData(conversations, split(conversations, validation_split, asked.seed or 0))
     for indices, rows in ((data.parts.training, data.training), (data.parts.held_out, data.held_out)):
         for number, at in enumerate(indices):
-            if not data.add(renderer, with_system(conversations[at], system_prompt), longest, rows):
+            row = data.add(renderer, with_system(conversations[at], system_prompt), longest, rows)
+            if row is None:
                 data.skipped.append(at)
+            elif row.dropped_messages:
+                data.shortened[at] = row.dropped_messages
             if number % ROWS_PER_PORTION == 0:
                 yield
     if not data.training:
@@ -93,6 +94,6 @@ def training_data(
             cure="Raise max_seq_length, or send shorter conversations.",
         )
     for canary in canaries(asked.canaries or 0, asked.seed or 0):
-        if data.add(renderer, with_system(canary.conversation, system_prompt), longest, data.training):
+        if data.add(renderer, with_system(canary.conversation, system_prompt), longest, data.training) is not None:
             data.canaries.append(canary)
     return data
