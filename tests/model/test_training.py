@@ -383,7 +383,7 @@ def test_too_long_conversations_are_shortened_or_left_out_and_counted(base: Base
     assert "1 conversations were left out" in warnings
     assert "1 conversations lost their oldest messages" in warnings
     with pytest.raises(DataUnusable, match="fits into 20 tokens"):
-        run_to_end(base, make_spec(max_seq_length=20))
+        run_to_end(base, make_spec(training_id="train_tiny", max_seq_length=20))
 
 
 def test_what_does_not_fit_the_base_model_is_refused(base: Base, make_spec: MakeSpec) -> None:
