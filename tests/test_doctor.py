@@ -260,6 +260,12 @@ def test_an_open_service_is_for_this_machine_alone(host: str, state: str) -> Non
     assert doctor.exposure(Settings(host=host)).state == state
 
 
+@pytest.mark.parametrize("host", ["a..b", "203.0.113.7"])
+def test_an_address_that_is_not_of_this_machine_is_a_red_line(host: str) -> None:
+    found = doctor.port(Settings(host=host, port=closed_port()))
+    assert (found.state, found.cure is not None and "HOST" in found.cure) == ("red", True)
+
+
 def test_the_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     def found(url: str) -> Finding:
         return doctor.port(Settings(port=int(url.rpartition(":")[2])))

@@ -232,6 +232,9 @@ def machine_settings() -> Settings:
     """The settings, or a complaint about the variable that is wrong."""
     try:
         return settings()
+    except RepertoryError as unreadable:
+        complain(unreadable)
+        raise typer.Exit(5) from None
     except ValidationError as refused:
         for problem in refused.errors():
             name = "_".join(str(part) for part in problem["loc"]).upper() or "The settings"

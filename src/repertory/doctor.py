@@ -315,11 +315,12 @@ def port(settings: Settings) -> Finding:
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             return _taken(settings)
         cure = "Set HOST to an address of this machine (127.0.0.1, or 0.0.0.0 for all) and PORT to 1024 or above."
-        return Finding("port", "red", f"cannot listen on {where}: {error.strerror}", cure)
+        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
+        return Finding("port", "red", f"cannot listen on {where}: {reason}", cure)
     return Finding("port", "green", f"{where} is free")
 
 

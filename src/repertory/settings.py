@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from repertory.contracts import BUNDLED_MODEL, Hyperparameters, OrgId
+from repertory.errors import InvalidInput
 
 
 class Settings(Hyperparameters, BaseSettings):
@@ -63,4 +64,12 @@ class Settings(Hyperparameters, BaseSettings):
 
 @cache
 def settings() -> Settings:
-    return Settings()
+    """Raises ValidationError for a wrong value, InvalidInput for a `.env` that is no text or may not be read."""
+    try:
+        return Settings()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(
+            f"{Path('.env').absolute()} cannot be read: {error}",
+            code="invalid_settings",
+            cure="Save it as UTF-8 text that the service's user may read, or remove it.",
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -543,7 +544,11 @@ def refused_start(folder: Path, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "repertory.cli", "serve"],
         cwd=folder,
-        env={"HOST_MODULE": "repertory.service.fake_host", **environment},
+        env={
+            "HOST_MODULE": "repertory.service.fake_host",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=20,
@@ -572,6 +577,29 @@ def test_contradicting_settings_are_refused_at_start(tmp_path: Path) -> None:
     assert "use_4bit and use_8bit are both true" in said
     code, said = refused_start(tmp_path, PORT="eighty")
     assert (code, "PORT" in said) == (1, True)
+
+
+def test_a_dotenv_that_is_no_text_is_refused_at_start_and_by_commands(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PORT=0\nDEFAULT_ORG_ID=caf\xe9\n")  # as an editor on Windows may save it
+    code, said = refused_start(tmp_path)
+    assert (code, said.count("\n")) == (1, 1), said
+    assert f"{tmp_path / '.env'} cannot be read" in said
+    assert "UTF-8" in said
+    command = [sys.executable, "-m", "repertory.cli", "models", "list"]
+    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (listed.returncode, "Cure: Save it as UTF-8" in listed.stderr, "Traceback" in listed.stderr) == (
+        5,
+        True,
+        False,
+    )
+
+
+@pytest.mark.parametrize("host", ["a..b", "203.0.113.7"])
+def test_an_address_that_is_not_of_this_machine_is_one_line_with_its_cure(tmp_path: Path, host: str) -> None:
+    code, said = refused_start(tmp_path, PORT="0", HOST=host)
+    assert (code, said.count("\n")) == (1, 1), said
+    assert "Set HOST" in said
+    assert "PORT=8301" not in said  # nothing is running there
 
 
 def test_the_service_never_imports_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from repertory.settings import Settings, settings
 
 log = structlog.get_logger()
 
+_ADDRESS_CURE = "Set HOST to an address of this machine (127.0.0.1, or 0.0.0.0 for all) and PORT to 1024 or above."
 STOP_SECONDS = 5  # for the requests that are being answered when the service is told to stop
 
 
@@ -27,13 +29,18 @@ def serve() -> int:
         present = settings()
     except ValidationError as error:
         return _say_no(*(_wrong_setting(problem) for problem in error.errors(include_input=False)))
+    except RepertoryError as error:
+        return _say_no(f"{error.message}. {error.cure}")
     logs.configure(present.log_level)
     try:
         listener = _listen(present)
+    except UnicodeError:  # a name that no resolver would take
+        return _say_no(f"HOST: {present.host} is no host name. {_ADDRESS_CURE}")
     except OSError as error:
+        is_taken = error.errno == errno.EADDRINUSE
+        cure = "Is Repertory running already? Stop that one, or choose another port: PORT=8301."
         return _say_no(
-            f"Cannot listen on {present.host}:{present.port}: {error.strerror}."
-            " Is Repertory running already? Stop that one, or choose another port: PORT=8301."
+            f"Cannot listen on {present.host}:{present.port}: {error.strerror}. {cure if is_taken else _ADDRESS_CURE}"
         )
     with listener:
         try:
