@@ -478,6 +478,15 @@ def test_the_hub_is_asked_with_the_token(token: str | None, state: str, words: s
     assert "hf_" not in f"{found.message}{found.cure}"
 
 
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:1"), ("SSL_CERT_FILE", "/nowhere.pem")])
+def test_an_environment_that_no_request_can_be_made_in_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    found = doctor.hub(Settings())
+    assert (found.state, found.cure is not None and name in found.cure) == ("yellow", True)
+
+
 @pytest.mark.parametrize(
     ("model", "state"), [(BUNDLED_MODEL, "yellow"), ("owner/here", "yellow"), ("owner/away", "red")]
 )

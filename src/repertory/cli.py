@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from repertory.contracts import Download
-from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError
+from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError, StorageFailed
 from repertory.settings import Settings, settings
 
 EXIT_CODES: dict[type[RepertoryError], int] = {NotFound: 3, InvalidInput: 5, Conflict: 5}
@@ -156,7 +156,8 @@ def list_models(
     """The base models on this machine."""
     from repertory import base_models
 
-    found = base_models.listed(machine_settings())
+    with complaining():
+        found = base_models.listed(machine_settings())
     if as_json:
         typer.echo(json.dumps([asdict(model) for model in found], indent=2))
         return
@@ -223,6 +224,9 @@ def complaining() -> Iterator[None]:
     except RepertoryError as error:
         complain(error)
         raise typer.Exit(EXIT_CODES.get(type(error), 1)) from None
+    except OSError as error:
+        complain(StorageFailed.of(error))
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("Stopped. What has been downloaded is kept; the same command goes on with it.", err=True)
         raise typer.Exit(7) from None

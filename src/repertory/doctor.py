@@ -43,6 +43,7 @@ from repertory.contracts import BUNDLED_MODEL
 from repertory.errors import BaseModelUnavailable
 from repertory.model import weights
 from repertory.model.bundled import GGUF_FILE, GGUF_SHA256, PACKAGE
+from repertory.model.hub import UNUSABLE_ENVIRONMENT
 from repertory.settings import Settings
 
 GB = 10**9
@@ -494,8 +495,11 @@ def hub(settings: Settings) -> Finding:
         else:
             authorised = {"Authorization": f"Bearer {token}"}
             answer = httpx.get(f"{settings.hf_endpoint}/api/whoami-v2", headers=authorised, **ask)
-    except httpx.HTTPError as error:
-        cure = "Look at the network, the proxy and HF_ENDPOINT; or put models into MODEL_CACHE_DIR/owner/model."
+    except (httpx.HTTPError, *UNUSABLE_ENVIRONMENT) as error:
+        cure = (
+            "Look at the network, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and HF_ENDPOINT; or put models into"
+            " MODEL_CACHE_DIR/owner/model."
+        )
         said = f"{settings.hf_endpoint} cannot be reached: {str(error) or type(error).__name__}"
         return Finding("hub", needed, said if is_here else f"{said}; {name}, the default base model, is there", cure)
     if token is not None and answer.status_code in (401, 403):

@@ -8,6 +8,7 @@ RepertoryError
 └── JobFailed               500  a training run ended without a voice
     ├── BaseModelUnavailable     the base model cannot be loaded
     ├── InsufficientMemory       the base model or the run does not fit the device
+    ├── StorageFailed            the disk refuses
     └── DataUnusable             no row to train on is left
 """
 
@@ -66,7 +67,7 @@ class RepertoryError(Exception):
     @staticmethod
     def from_info(info: ErrorInfo) -> RepertoryError:
         """The error that `info` was made from, by its status and code."""
-        for kind in (BaseModelUnavailable, InsufficientMemory, DataUnusable):
+        for kind in (BaseModelUnavailable, InsufficientMemory, StorageFailed, DataUnusable):
             if info.code == kind.code:
                 return kind(info.message, code=info.code, cure=info.cure, param=info.param)
         kinds: dict[int, type[RepertoryError]] = {422: InvalidInput, 404: NotFound, 409: Conflict, 503: Unavailable}
@@ -134,6 +135,18 @@ class InsufficientMemory(JobFailed, MemoryError):
 
     code = "insufficient_memory"
     cure = "Set USE_4BIT=true, lower BATCH_SIZE or MAX_SEQ_LENGTH, or choose a smaller base model."
+
+
+class StorageFailed(JobFailed):
+    """A folder or file that is ours cannot be written or read."""
+
+    code = "storage_failed"
+    cure = "Check free space and permissions of the folders under ./models, or where the settings put them."
+
+    @staticmethod
+    def of(error: OSError) -> StorageFailed:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
+        return StorageFailed(f"the disk refused: {what}")
 
 
 class DataUnusable(JobFailed):

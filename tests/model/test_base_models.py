@@ -266,6 +266,16 @@ def test_the_commands_from_download_to_removal(
     assert repertory("remove", "local/parrot").exit_code == 3
 
 
+def test_a_cache_that_cannot_be_written_is_a_complaint(
+    repertory: Callable[..., Result], settings: Settings, model: Path
+) -> None:
+    settings.model_cache_dir.parent.mkdir(parents=True, exist_ok=True)
+    settings.model_cache_dir.write_text("a file where the folder should be")
+    refused = repertory("register", "parrot", str(model))
+    assert (refused.exit_code, refused.stderr.startswith("storage_failed: ")) == (1, True), refused.output
+    assert "Cure: Check free space and permissions" in refused.stderr
+
+
 def test_a_download_shows_its_progress_and_that_it_was_cut_in_the_end(
     settings: Settings, model: Path, hub: FakeHub
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from repertory.contracts import AdapterRef
+from repertory.contracts import BUNDLED_MODEL, AdapterRef
 from repertory_fixtures import MakeSpec, conversation
 from running_host import DEADLINE_SECONDS, RunningHost, eventually, request
 
@@ -32,6 +32,19 @@ def host(cache: Path) -> Iterator[RunningHost]:
 
 def text_of(chunks: list[dict[str, Any]]) -> str:
     return "".join(chunk.get("text", "") for chunk in chunks)
+
+
+def test_a_model_cache_that_cannot_be_is_the_hosts_error_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with tempfile.TemporaryDirectory() as folder:
+        host = RunningHost(tmp_path / "cache", Path(folder) / "h.sock", BUNDLED_MODEL)
+        try:
+            error = host.until("failed", "ready")["error"]
+        finally:
+            host.close()
+    assert error["code"] == "storage_failed"
+    assert str(tmp_path / "cache") in error["message"]
+    assert "permissions" in error["cure"]
 
 
 def test_health_says_what_is_held(host: RunningHost) -> None:

@@ -315,10 +315,54 @@ def test_a_redirect_leads_to_no_unprotected_or_internal_address(
         asked.append(request.url)
         return httpx.Response(302, headers={"location": target})
 
-    monkeypatch.setattr(Hub, "_client", lambda self: httpx.Client(transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(Hub, "_client", lambda self, name: httpx.Client(transport=httpx.MockTransport(answer)))
     settings = Settings(_env_file=None, model_cache_dir=cache, hf_endpoint="https://huggingface.co")
     assert refusal(settings).code == "base_model_unavailable"
     assert {url.host for url in asked} == {"huggingface.co"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f'{{"sha": "{"0" * 40}", "siblings": [{{"rfilename": "{SINGLE}", "size": -1}}]}}',
+        f'{{"sha": "{"0" * 40}", "siblings": [{{"rfilename": "{SINGLE}", "size": Infinity}}]}}',
+        "[" * 200_000,
+    ],
+    ids=["less than nothing", "endless", "deep"],
+)
+def test_a_list_of_files_that_cannot_be_is_no_hubs_answer(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=answer))
+    monkeypatch.setattr(Hub, "_client", lambda self, name: httpx.Client(transport=transport))
+    settings = Settings(_env_file=None, model_cache_dir=cache, hf_endpoint="https://huggingface.co")
+    assert "no hub's answer" in refusal(settings).message
+
+
+def test_an_answer_that_cannot_be_decoded_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {"content-encoding": "gzip"}
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(200, headers=packed, stream=httpx.ByteStream(b"no gzip"))
+    )
+    monkeypatch.setattr(Hub, "_client", lambda self, name: httpx.Client(transport=transport))
+    settings = Settings(_env_file=None, model_cache_dir=cache, hf_endpoint="https://huggingface.co")
+    assert "HF_ENDPOINT" in refusal(settings).cure
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1080", "socksio"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "No such file"),
+        ("HTTPS_PROXY", "http://[::1", "Invalid"),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_in_says_what_is_wrong(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    error = refusal(settings_for(hub, cache))
+    assert (words in error.message, name in error.cure) == (True, True), error.message
 
 
 def test_redirects_in_a_circle_end(hub: FakeHub, cache: Path, single: Path) -> None:

@@ -43,7 +43,7 @@ from repertory.contracts import (
     RunSpec,
     TokenChunk,
 )
-from repertory.errors import Conflict, ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.errors import Conflict, ErrorInfo, InvalidInput, RepertoryError, StorageFailed, Unavailable
 from repertory.logs import configure, without_text
 from repertory.settings import Settings, settings
 
@@ -94,6 +94,10 @@ class Host:
         except RepertoryError as error:
             log.warning("host failed", code=error.code, reason=error.message)
             self.error = error.info
+            return
+        except OSError as error:
+            log.error("host failed", **without_text(error))
+            self.error = StorageFailed.of(error).info
             return
         except Exception as error:  # whatever it was, the service must hear of it
             log.error("host failed", **without_text(error))

@@ -53,6 +53,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
+# What httpx raises for a proxy or a certificate file of the environment that it cannot use: socks5:// without socksio,
+# say, or a path in SSL_CERT_FILE that is not there.
+UNUSABLE_ENVIRONMENT = (ImportError, OSError, ValueError, httpx.InvalidURL)
 RETRIED = {408, 429, 500, 502, 503, 504}
 
 Tell = Callable[[Download], None]
@@ -148,7 +151,7 @@ class Hub:
 
         `check` may refuse the folder when everything but the weights is there. Raises BaseModelUnavailable.
         """
-        with self._client() as client:
+        with self._client(name) as client:
             snapshot = self._resolved(client, name, revision)
             whole = self._catalogue.snapshot(name, snapshot.commit)
             with alone(whole.parent / ".lock", lambda: say(f"{name} is being downloaded by another process")):
@@ -163,7 +166,7 @@ class Hub:
 
     def describe(self, name: str, revision: str | None) -> Path:
         """A folder with everything but the weights. It belongs to a download that has not ended."""
-        with self._client() as client:
+        with self._client(name) as client:
             snapshot = self._resolved(client, name, revision)
             folder = self._catalogue.partial(name, snapshot.commit)
             if self._catalogue.snapshot(name, snapshot.commit).is_dir():
@@ -174,9 +177,13 @@ class Hub:
                     self._file(client, snapshot, file, folder, Progress(snapshot.commit, 0))
         return folder
 
-    def _client(self) -> httpx.Client:
+    def _client(self, name: str) -> httpx.Client:
+        self._unless_offline(name)
         timeout = httpx.Timeout(self._timeout_seconds, connect=min(CONNECT_SECONDS, self._timeout_seconds))
-        return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})
+        try:
+            return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})
+        except UNUSABLE_ENVIRONMENT as error:
+            raise self._unreachable(name, error) from error
 
     def _bring(self, client: httpx.Client, snapshot: Snapshot, tell: Tell, check: Callable[[Path], None]) -> None:
         folder = self._catalogue.partial(snapshot.name, snapshot.commit)
@@ -198,7 +205,6 @@ class Hub:
             path.unlink()  # of files that another attempt wanted
 
     def _resolved(self, client: httpx.Client, name: str, revision: str | None) -> Snapshot:
-        self._unless_offline(name)
         asked = revision or MAIN
         url = f"{self._endpoint}/api/models/{name}/revision/{quote(asked, safe='')}?blobs=true"
         answer = bytearray()
@@ -212,7 +218,7 @@ class Hub:
                         raise self._no_hub(name)
         try:
             return _snapshot(name, json.loads(answer))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self._no_hub(name) from error
 
     def _file(
@@ -391,7 +397,7 @@ class Hub:
         reason = str(error).strip() or type(error).__name__
         return BaseModelUnavailable(
             f"{name} is not on this machine, and the hub at {self._endpoint} cannot be reached: {reason}",
-            cure=f"Check the network, HTTPS_PROXY and HF_ENDPOINT. {self._other_ways(name)}",
+            cure=f"Check the network, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and HF_ENDPOINT. {self._other_ways(name)}",
         )
 
     def _unless_offline(self, name: str) -> None:
@@ -454,7 +460,7 @@ class Attempts:
         self.bytes_brought = 0
         try:
             yield
-        except (httpx.TransportError, Refused, Stalled) as error:
+        except (httpx.RequestError, Refused, Stalled) as error:
             self.fruitless = 0 if self.bytes_brought >= FRUITFUL_BYTES else self.fruitless + 1
             asked = error.retry_after if isinstance(error, Refused) else 0.0
             if self.fruitless >= ATTEMPTS or asked > LONGEST_RETRY_AFTER_SECONDS:
@@ -517,7 +523,7 @@ def shards_in(index: Path, name: str) -> list[str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = sorted({str(shard) for shard in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelUnavailable(
             f"{index.name} of {name} is damaged", cure="Download it again, or choose another base model."
         ) from error
@@ -558,9 +564,12 @@ def _snapshot(name: str, answer: dict[str, Any]) -> Snapshot:
         path = str(sibling["rfilename"])
         if "/" in path:
             continue  # what lies in folders is not the model itself
+        size = int(lfs.get("size", sibling.get("size")))
+        if size < 0:
+            raise ValueError("a file of less than nothing")
         files[path] = RemoteFile(
             name=path,
-            size=int(lfs.get("size", sibling.get("size"))),
+            size=size,
             sha256=lfs.get("sha256"),
             blob=None if lfs else sibling.get("blobId"),
         )

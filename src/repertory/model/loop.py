@@ -20,7 +20,16 @@ import torch
 
 from repertory.contracts import Estimate, EstimateRequest, EvaluateRequest, Evaluation, RunEvent, RunSpec
 from repertory.data.render import Renderer
-from repertory.errors import Conflict, ErrorInfo, InsufficientMemory, JobFailed, NotFound, RepertoryError, Unavailable
+from repertory.errors import (
+    Conflict,
+    ErrorInfo,
+    InsufficientMemory,
+    JobFailed,
+    NotFound,
+    RepertoryError,
+    StorageFailed,
+    Unavailable,
+)
 from repertory.logs import without_text
 from repertory.model.base import Base, Outline, free_bytes, give_back_memory
 from repertory.model.engine import Engine
@@ -256,11 +265,7 @@ def _info_of(error: Exception) -> ErrorInfo:
             f"the device ran out of memory: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ).info
     if isinstance(error, OSError):
-        return JobFailed(
-            f"the disk refused: {error.strerror or error}",
-            code="storage_failed",
-            cure="Check free space and permissions of the folders under ./models.",
-        ).info
+        return StorageFailed.of(error).info
     return JobFailed(
         f"an internal error: {type(error).__name__}",
         code="internal_error",
