@@ -14,6 +14,10 @@ import pytest
         ("repertory.service.api.app, repertory.service.server", {"torch", "transformers", "repertory.model"}),
         ("repertory.model.host, repertory.model.loop", {"sqlalchemy", "fastapi", "alembic", "repertory.service"}),
         ("repertory.cli, repertory.doctor", {"torch", "transformers", "repertory.model.host"}),
+        (
+            "repertory.model.weights, repertory.model.hub, repertory.base_models",
+            {"torch", "transformers", "sqlalchemy"},
+        ),
         ("repertory.contracts, repertory.settings, repertory.data.conversations", {"torch", "sqlalchemy", "fastapi"}),
         (
             "repertory.data.readers, repertory.data.preparation.pipeline, repertory.importer",

@@ -54,7 +54,7 @@ def download(asked: str, settings: Settings, say: Callable[[str], None], tell: C
         return weights.locate(key, settings, say, tell).folder
     weights.check_hub_name(name)
     folder = Hub(settings).fetch(
-        name, revision, say, tell, lambda described: weights.check_supported(name, described, settings)
+        name, revision, say, tell, lambda described: weights.check_described(name, described, settings)
     )
     weights.check(folder, name)
     return folder
@@ -155,7 +155,7 @@ def _listed(model: BaseModel, voices: Counter[tuple[str, str | None]]) -> Listed
         try:
             architecture = str(json.loads((model.folder / "config.json").read_text()).get("model_type", "?"))[:40]
             precision = precision_of(weights.files(model.folder, model.name))
-        except (OSError, ValueError, AttributeError, SafetensorError):
+        except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
             state = "damaged"
         except BaseModelUnavailable as error:
             state = error.message
@@ -203,7 +203,7 @@ def _check_loads(folder: Path, name: str, settings: Settings, say: Callable[[str
     say(f"checking {folder}")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise InvalidInput(f"{folder} may not be read.", cure="Give the service's user the right to read it.")
-    weights.check_supported(name, folder, settings)
+    weights.check_described(name, folder, settings)
     weights.check(folder, name)
     from repertory.model import base  # imports torch, which takes seconds
 

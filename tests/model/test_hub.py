@@ -440,10 +440,11 @@ def test_a_disk_that_fills_up_on_the_way_ends_in_the_same_error(hub: FakeHub, si
     partial.mkdir(parents=True)
     (partial / f"{SINGLE}.part").symlink_to("/dev/full")
     try:
-        error = refusal(settings)
+        with pytest.raises(BaseModelUnavailable) as refused:
+            Hub(settings).fetch(NAME, None, weights.silent, weights.silent, weights.silent)
     finally:
         shutil.rmtree(cache)
-    assert error.code == "storage_full"
+    assert refused.value.code == "storage_full"
 
 
 # Not whole

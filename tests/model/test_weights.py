@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from repertory.contracts import BaseKey
+from repertory.contracts import BaseKey, Dtype
 from repertory.errors import BaseModelUnavailable, RepertoryError
 from repertory.model import base as base_module
 from repertory.model import weights
@@ -37,10 +37,10 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[[], base_module.Base]:
-    def load() -> base_module.Base:
+def load(tmp_path: Path) -> Callable[..., base_module.Base]:
+    def load(dtype: Dtype = "fp32") -> base_module.Base:
         settings = Settings(_env_file=None, model_cache_dir=tmp_path / "cache", hf_hub_offline=True)
-        key = BaseKey(base_model=NAME, quantization="none", dtype="fp32")
+        key = BaseKey(base_model=NAME, quantization="none", dtype=dtype)
         return base_module.load(NAME, settings, base_module.detect_device(), key, weights.silent)
 
     return load
@@ -118,6 +118,27 @@ def wrong_shape(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def not_a_number(folder: Path) -> None:
+    path = first_shard(folder)
+    save_file({name: tensor * torch.nan for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def link_out_of_templates(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "secret.jinja").symlink_to("/etc/passwd")
+
+
+def several_templates(*names: str) -> Callable[[Path], None]:
+    """As Cohere's Command R has them, in the older form."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        templates = [{"name": name, "template": tiny.CHATML} for name in names]
+        edit(folder / "tokenizer_config.json", lambda config: config | {"chat_template": templates})
+
+    return spoil
+
+
 def pickles_alone(folder: Path) -> None:
     for path in (*folder.glob("*.safetensors"), folder / INDEX):
         path.unlink()
@@ -146,6 +167,33 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a huge config": (with_text("config.json", " " * (5 << 20)), "unsafe_weights", "more than"),
     "a billion layers": (with_config(num_hidden_layers=10**9), "unsafe_weights", "num_hidden_layers"),
     "a billion columns": (with_config(hidden_size=10**9), "unsafe_weights", "hidden_size"),
+    "a billion layers by GPT-2's name": (
+        with_config(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_layer=10**9),
+        "unsafe_weights",
+        "n_layer",
+    ),
+    "a trillion labels": (with_config(num_labels=10**12), "unsafe_weights", "num_labels"),
+    "a trillion positions": (with_config(max_position_embeddings=10**12), "unsafe_weights", "max_position_embeddings"),
+    "no heads for keys": (with_config(num_key_value_heads=0), "base_model_unavailable", "cannot be loaded"),
+    "heads of no size": (with_config(head_dim=0), "base_model_unavailable", "cannot be loaded"),
+    "padding outside of the vocabulary": (
+        with_config(pad_token_id=10**6),
+        "base_model_unavailable",
+        "Padding_idx must be within",
+    ),
+    "weights that are quantized already": (
+        with_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "unsupported_quantization",
+        "published quantized (gptq)",
+    ),
+    "a deep index": (with_text(INDEX, "[" * 200_000), "base_model_unavailable", "is damaged"),
+    "weights that are no numbers": (not_a_number, "base_model_unavailable", "is no number"),
+    "a link out of the templates": (link_out_of_templates, "unsafe_path", "secret.jinja"),
+    "several templates, none the default": (
+        several_templates("rag", "tool_use"),
+        "template_unusable",
+        "none is called 'default'",
+    ),
     "negative layers": (with_config(num_hidden_layers=-1), "unsafe_weights", "num_hidden_layers"),
     "layers as text": (with_config(num_hidden_layers="2"), "base_model_unavailable", "cannot be loaded"),
     "code that it needs": (
@@ -177,6 +225,35 @@ def test_a_hostile_folder_is_refused(folder: Path, load: Callable[[], base_modul
     assert (refused.value.code, words in refused.value.message) == (code, True), refused.value.message
     assert NAME in refused.value.message
     assert refused.value.cure
+
+
+def test_of_several_templates_the_default_one_is_used(
+    folder: Path, load: Callable[[], base_module.Base], tmp_path: Path
+) -> None:
+    template = load().renderer.template
+    several_templates("tool_use", "default")(folder)
+    renderer = load().renderer
+    assert renderer.template == template
+    saved = renderer.tokenizer.save_pretrained(tmp_path / "voice")
+    assert all(Path(path).parent == tmp_path / "voice" for path in saved)  # as files of a voice must lie
+
+
+@pytest.mark.parametrize("kind", ["flash_attention_2", "kernels-community/flash-attn"])
+def test_the_attention_that_a_config_names_is_neither_needed_nor_fetched(
+    folder: Path, load: Callable[[], base_module.Base], kind: str
+) -> None:
+    edit(folder / "config.json", lambda config: config | {"attn_implementation": kind})
+    assert load().model.config._attn_implementation == base_module.ATTENTION
+
+
+def test_a_model_that_exceeds_fp16_is_told_what_to_set(folder: Path, load: Callable[..., base_module.Base]) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor * 1e6 if "lm_head" in name else tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert load().dtype is torch.float32
+    with pytest.raises(BaseModelUnavailable, match="in fp16 is no number") as refused:
+        load("fp16")
+    assert "DTYPE=bf16 or fp32" in refused.value.cure
 
 
 def test_a_template_that_never_ends_is_given_up(

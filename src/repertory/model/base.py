@@ -49,9 +49,11 @@ UNLOADABLE = (
     OSError,
     ValueError,
     ImportError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
     RuntimeError,
     SafetensorError,
     StrictDataclassError,
@@ -274,6 +276,10 @@ def renderer_in(folder: Path, name: str) -> Renderer | None:
 
 def _renderer(tokenizer: Any, name: str) -> Renderer:
     """A chat template is a program of whoever published the model: it may fail in any way, and it may never end."""
+    if isinstance(tokenizer.chat_template, dict):  # several by name, for tools and documents; chats go through this one
+        tokenizer.chat_template = tokenizer.chat_template.get("default", "")
+        if not tokenizer.chat_template:
+            raise _template_unusable(name, "is none of its several ones, of which none is called 'default'")
     found: list[Renderer | BaseException] = []
 
     def render() -> None:
@@ -294,7 +300,11 @@ def _renderer(tokenizer: Any, name: str) -> Renderer:
         raise found[0]
     else:
         why = f"fails ({type(found[0]).__name__}: {_first_line(found[0])[:120]})"
-    raise BaseModelUnavailable(
+    raise _template_unusable(name, why)
+
+
+def _template_unusable(name: str, why: str) -> BaseModelUnavailable:
+    return BaseModelUnavailable(
         f"the chat template of the base model {name} {why}",
         code="template_unusable",
         cure="Choose another base model, or register a copy of its folder with a sound chat_template.jinja.",
@@ -335,7 +345,10 @@ def outline(folder: Path, key: BaseKey, device: Device) -> Outline:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=DTYPES[key.dtype])
+            # "eager" stands instead of what config.json may name: attention that has to be installed, or downloaded.
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=DTYPES[key.dtype], attn_implementation="eager"
+            )
     except UNLOADABLE as error:
         raise BaseModelUnavailable(f"the base model {name} cannot be loaded: {_first_line(error)}") from error
     _, blocks, prefix = _parts(model, name)
@@ -447,6 +460,13 @@ def _check_forward(base: Base, name: str) -> None:
             from_cache = base.logits(base.hidden(row[-1:], last.positions))[0]
     except (AssertionError, RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise _unsupported(name, f"the forward pass over packed rows fails ({_first_line(error)})") from error
+    if not expected.isfinite().all():
+        raise BaseModelUnavailable(
+            f"what the base model {name} computes in {base.key.dtype} is no number",
+            cure="Set DTYPE=bf16 or fp32, which hold larger numbers than fp16."
+            if base.key.dtype == "fp16"
+            else "Its weights are damaged: download or copy it again, or choose another base model.",
+        )
     # 4-bit and 8-bit products and bf16 round differently from shape to shape; a wrong mask or position is far beyond.
     allowed = 1e-3 if base.key.dtype == "fp32" and base.key.quantization == "none" else 0.1
     for how, logits in (("packed", from_packed), ("cached", from_cache)):

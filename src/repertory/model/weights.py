@@ -29,13 +29,24 @@ MAX_TEMPLATE_BYTES = 1 << 20  # the longest of well-known models, with tools, ha
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20  # of hidden states and layers
 MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 24  # the longest published ones have ten million
+MAX_LABELS = 1 << 16  # of classifiers; transformers makes a name for each, whatever the model is
 BOUNDS = {
     "num_hidden_layers": MAX_LAYERS,
     "hidden_size": MAX_WIDTH,
     "intermediate_size": MAX_WIDTH,
     "num_attention_heads": MAX_WIDTH,
     "vocab_size": MAX_VOCABULARY,
+    "max_position_embeddings": MAX_POSITIONS,
+    "num_labels": MAX_LABELS,
+    # GPT-2's names
+    "n_layer": MAX_LAYERS,
+    "n_embd": MAX_WIDTH,
+    "n_inner": MAX_WIDTH,
+    "n_head": MAX_WIDTH,
+    "n_positions": MAX_POSITIONS,
 }
+MORE_TEMPLATES = "additional_chat_templates/*"  # the one folder inside a model's that transformers looks into
 
 
 def silent(_: object) -> None:
@@ -63,10 +74,10 @@ def locate(
         folder = catalogue.snapshot(name, key.revision or "none")
         if not folder.is_dir():
             folder = Hub(settings).fetch(
-                name, key.revision, say, tell, lambda described: check_supported(name, described, settings)
+                name, key.revision, say, tell, lambda described: check_described(name, described, settings)
             )
             key = key.model_copy(update={"revision": folder.name})
-    check_supported(name, folder, settings)
+    check_described(name, folder, settings)
     check(folder, name)
     return Located(folder, key)
 
@@ -86,9 +97,14 @@ def locate_outline(key: BaseKey, settings: Settings) -> Path:
         folder = catalogue.snapshot(key.base_model, key.revision or "none")
         if not folder.is_dir():
             folder = Hub(settings).describe(key.base_model, key.revision)
-    check_supported(key.base_model, folder, settings)
-    check_description(folder, key.base_model)
+    check_described(key.base_model, folder, settings)
     return folder
+
+
+def check_described(name: str, folder: Path, settings: Settings) -> None:
+    """All that can be said without the weights, and so before they are downloaded. Raises BaseModelUnavailable."""
+    check_description(folder, name)
+    check_supported(name, folder, settings)
 
 
 def check_supported(name: str, folder: Path, settings: Settings) -> None:
@@ -165,7 +181,8 @@ def check_description(folder: Path, name: str) -> None:
             f"config.json of {name} names its weights itself, which is not supported",
             code="unsupported_architecture",
         )
-    for path in folder.iterdir():
+    _check_not_quantized(config, name)
+    for path in (*folder.iterdir(), *folder.glob(MORE_TEMPLATES)):
         if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise _damaged(name, f"{path.name} has more than {MAX_DESCRIPTION_BYTES} bytes")
         if path.suffix == ".jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
@@ -179,7 +196,7 @@ def _check_links(folder: Path, name: str) -> None:
     inside = [root]
     if root.parent.name == "snapshots":  # of the hub's own cache, whose files are links to blobs beside it
         inside.append(root.parent.parent / "blobs")
-    for path in root.iterdir():
+    for path in (*root.iterdir(), *root.glob(MORE_TEMPLATES)):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
             raise BaseModelUnavailable(
                 f"{path.name} of the base model {name} is a link that leads out of its folder",
@@ -213,6 +230,19 @@ def _check_bounds(config: dict[str, Any], name: str) -> None:
             value = described.get(field) if isinstance(described, dict) else None
             if isinstance(value, int | float) and not 0 < value <= bound:
                 raise _damaged(name, f"{field} in config.json is {str(value)[:40]}, not a number up to {bound}")
+
+
+def _check_not_quantized(config: dict[str, Any], name: str) -> None:
+    """transformers would keep the quantization that a model comes with, whatever the key says."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "quantized") if isinstance(quantization, dict) else "quantized"
+    raise BaseModelUnavailable(
+        f"the weights of the base model {name} are published quantized ({str(method)[:40]}), which is not supported",
+        code="unsupported_quantization",
+        cure="Choose the model that they were made from; it is quantized here, with USE_4BIT=true or USE_8BIT=true.",
+    )
 
 
 def _check_needs_no_code(config: dict[str, Any], name: str) -> None:
