@@ -121,15 +121,28 @@ def import_history(
 ) -> None:
     """Turn a chat export into the conversations that teach one voice; without --persona, show who speaks in it."""
     from repertory import importer
+    from repertory.data.imports import ImportOptions
+    from repertory.data.preparation.report import full_report
 
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 200)
     with complaining():
-        reading = importer.read_options(timezone, day_first, column or [])
+        asked = ImportOptions(
+            format=format,
+            persona=persona or [],
+            gap=gap,
+            exclude=exclude or [],
+            mask=mask or [],
+            mask_others=mask_others,
+            live_since=live_since,
+            timezone=timezone,
+            day_first=day_first,
+            column=column or [],
+        )
+        reading = asked.reading()
         if not persona and not importer.is_dialogue(path, format):
             importer.authors(path, format, reading, console)
             return
-        preparation = importer.prepare_options(persona or [], gap, exclude, mask, mask_others, live_since, org)
-        prepared, read = importer.run(path, format, reading, preparation, console)
+        prepared, read = importer.run(path, format, reading, asked.preparing(org), console)
         importer.show(prepared.report, console)
         machine = machine_settings()
         renderer = importer.base_renderer(machine)
@@ -139,7 +152,7 @@ def import_history(
         if preview:
             importer.preview(prepared, renderer, machine, preview, console)
         if as_json:
-            typer.echo(json.dumps(importer.report_json(prepared, read, tokens), indent=2, ensure_ascii=False))
+            typer.echo(json.dumps(full_report(prepared, read, tokens), indent=2, ensure_ascii=False))
         if not dry_run:
             written = importer.write(prepared, org, output)
             console.print(f"Written to {written}. Train it: {importer.start_command(written, machine)}", soft_wrap=True)

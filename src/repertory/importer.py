@@ -6,11 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,65 +21,15 @@ from repertory.data.findings import MAX_FINDINGS, Findings
 from repertory.data.history import History, ImportReport
 from repertory.data.preparation.pipeline import PreparationReport, Prepared, PrepareOptions, prepare
 from repertory.data.preparation.tokens import TokenReport, spans, token_report
-from repertory.data.readers import DIALOGUES, detect, open_history, table
+from repertory.data.readers import DIALOGUES, detect, open_history
 from repertory.data.readers.reading import ReadOptions
 from repertory.data.render import Renderer
-from repertory.errors import InvalidInput
 from repertory.settings import Settings
 
 MAX_BODY_BYTES = 64 << 20  # as the service has it
 SHOWN_AUTHORS = 20
 SHOWN_FINDINGS = 20
 DEFAULT_MAX_SEQ_LENGTH = 2048
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-def seconds(gap: str) -> int:
-    """Of a time such as 90s, 30m, 2h or 1d. Raises InvalidInput."""
-    found = re.fullmatch(r"(\d{1,6})\s*([smhd])", gap.strip())
-    if found is None or int(found[1]) == 0:
-        raise InvalidInput(f"{gap!r} is not a time", code="invalid_gap", cure="Write it as 90s, 30m, 2h or 1d.")
-    return int(found[1]) * UNITS[found[2]]
-
-
-def read_options(timezone: str | None, day_first: bool | None, columns: list[str]) -> ReadOptions:
-    """Raises InvalidInput for a zone that is none and a column without a header."""
-    named = [column.partition("=") for column in columns]
-    wrong = [name for name, _, header in named if name not in table.KNOWN or not header]
-    if wrong:
-        raise InvalidInput(
-            f"--column {wrong[0]} does not say which column is what",
-            code="invalid_column",
-            cure=f"Write it as NAME=HEADER, with NAME one of {', '.join(table.KNOWN)}.",
-        )
-    try:
-        zone = ZoneInfo(timezone) if timezone else None
-    except (ZoneInfoNotFoundError, ValueError) as error:
-        raise InvalidInput(
-            f"{timezone!r} is not a time zone", code="invalid_timezone", cure="Name one as Europe/Berlin or UTC."
-        ) from error
-    return ReadOptions(timezone=zone, day_first=day_first, columns={name: header for name, _, header in named})
-
-
-def prepare_options(
-    persona: list[str],
-    gap: str | None,
-    exclude: list[str] | None,
-    mask: list[str] | None,
-    mask_others: bool,
-    live_since: str | None,
-    org_id: str,
-) -> PrepareOptions:
-    """Raises InvalidInput for a pause or a date that is none."""
-    return PrepareOptions(
-        persona=persona,
-        gap_seconds=seconds(gap) if gap else None,
-        exclude=exclude or [],
-        mask=mask or [],
-        mask_others=mask_others,
-        live_since=_moment(live_since) if live_since else None,
-        org_id=org_id,
-    )
 
 
 def is_dialogue(path: Path, format: str) -> bool:
@@ -216,22 +164,6 @@ def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, c
         console.print(text, soft_wrap=True)
 
 
-def report_json(prepared: Prepared, read: ImportReport, tokens: TokenReport | None) -> dict[str, object]:
-    """The whole report, for other programs."""
-    about = asdict(prepared.report)
-    about["findings"] = {
-        "kept": [asdict(finding) for finding in prepared.report.findings.kept],
-        "counts": dict(prepared.report.findings.counts),
-    }
-    about["timezone_assumed"] = read.timezone_assumed
-    about["tokens"] = asdict(tokens) if tokens else None
-    about["authors"] = [
-        {"id": author.id, "name": author.name, "messages": author.messages, "is_bot": author.is_bot}
-        for author in sorted(read.authors.values(), key=lambda author: -author.messages)
-    ]
-    return about
-
-
 @contextmanager
 def _history(path: Path, format: str, options: ReadOptions, console: Console) -> Iterator[History]:
     """The history, with a bar of the bytes that have been read."""
@@ -260,14 +192,6 @@ def _show_findings(findings: Findings, console: Console) -> None:
         counts = ", ".join(f"{code} {count:,}" for code, count in findings.counts.most_common())
         kept = f"; --json has the first {min(total, MAX_FINDINGS):,}"
         console.print(f"{total:,} findings in all: {counts}{kept}", highlight=False, soft_wrap=True)
-
-
-def _moment(text: str) -> float:
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise InvalidInput(f"{text!r} is not a date", code="invalid_date", cure="Write it as 2024-05-01.") from error
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _day(time: float | None) -> str:

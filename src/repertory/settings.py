@@ -31,6 +31,7 @@ class Settings(Hyperparameters, BaseSettings):
     finetuned_model_dir: Path = Path("./models/finetuned")
     checkpoint_dir: Path = Path("./models/checkpoints")
     dataset_dir: Path = Path("./models/datasets")
+    max_upload_gb: float = Field(2, gt=0)  # GiB of an export that is sent to /datasets
 
     huggingface_token: str | None = None
     hf_endpoint: str = Field("https://huggingface.co", pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import exports
 from repertory import cli, importer
+from repertory.data import imports
 from repertory.data.history import Entry
 from repertory.data.readers import FORMATS
 from repertory.errors import InvalidInput
@@ -124,9 +125,9 @@ def test_a_path_that_is_not_there(imported: Import) -> None:
 
 @pytest.mark.parametrize(("written", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1 d", 86_400)])
 def test_pauses(written: str, seconds: int) -> None:
-    assert importer.seconds(written) == seconds
+    assert imports.seconds(written) == seconds
     with pytest.raises(InvalidInput):
-        importer.seconds("0m")
+        imports.seconds("0m")
 
 
 def test_rows_that_do_not_fit_are_counted(imported: Import, tmp_path: Path) -> None:

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import os
-import signal
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -44,6 +41,7 @@ from repertory.contracts import (
     TokenChunk,
 )
 from repertory.errors import Conflict, ErrorInfo, InvalidInput, RepertoryError, StorageFailed, Unavailable
+from repertory.lifeline import end_with_service
 from repertory.logs import configure, without_text
 from repertory.settings import Settings, settings
 
@@ -285,19 +283,6 @@ def _line(item: BaseModel) -> bytes:
     return item.model_dump_json(exclude_defaults=True).encode() + b"\n"
 
 
-def die_with_service() -> None:
-    """Leave no orphan on the device, whatever ends the service."""
-    parent_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None, use_errno=True).prctl(parent_death_signal, signal.SIGKILL)
-
-    def until_closed() -> None:
-        while os.read(sys.stdin.fileno(), 1024):
-            pass
-        os._exit(0)
-
-    threading.Thread(target=until_closed, name="control-pipe", daemon=True).start()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--socket", required=True)
@@ -305,7 +290,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--dtype")
     args = parser.parse_args()
-    die_with_service()
+    end_with_service()
     configure(settings().log_level)
     # Threads that wait for each other at the end of a product would spin, and on a machine with anything else to do
     # (the service, for one) keep the core from the thread they wait for: a product took twice as long beside one busy

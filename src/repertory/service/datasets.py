@@ -1,21 +1,30 @@
-"""The conversations of a job, on disk: DATASET_DIR/{org_id}/{training_id}/conversations.jsonl.
+"""The conversations of jobs, and imported datasets, on disk.
+
+    DATASET_DIR/{org_id}/{training_id}/conversations.jsonl    of a job that brought its own
+    DATASET_DIR/{org_id}/{training_id}/…                      of a job on a dataset: the files of its `prepared`
+    DATASET_DIR/{org_id}/{dataset_id}/                        an import (`repertory.data.preparation.worker`)
 
 A submit writes the folder under a pending name before the job's row, and gives it its name after. So a crash leaves
 either nothing, or a pending folder that no row speaks of (swept at the next start), or one that only lacks its name.
-Only pending folders are ever swept: a folder with its name may belong to a job of another database.
+Only pending folders are ever swept: a folder with its name may belong to another database.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from repertory.data.conversations import Conversation
-from repertory.manifest import sync_folder, write_durably
+from repertory.errors import Conflict
+from repertory.manifest import sync_folder, verify, write_durably
 
 CONVERSATIONS = "conversations.jsonl"
+PREPARED = "prepared"
 PENDING = ".pending"
+UPLOADS = "_uploads"  # no organisation's name begins like that
 
 
 class Datasets:
@@ -30,26 +39,97 @@ class Datasets:
         for folder in (pending.parent, self._root):
             sync_folder(folder)
 
+    def link_pending(self, org_id: str, training_id: str, dataset_id: str) -> None:
+        """Give a job the files of a dataset. What becomes of the dataset later does not touch the job.
+
+        Raises Conflict if the dataset is not whole: it is being prepared again, or was deleted, in this moment.
+        """
+        source, pending = self.folder(org_id, dataset_id) / PREPARED, self._pending(org_id, training_id)
+        pending.mkdir(parents=True)
+        try:
+            for file in source.iterdir():
+                _link(file, pending / file.name)
+            damage = verify(pending)
+        except FileNotFoundError as gone:
+            damage = str(gone)
+        if damage is not None:
+            shutil.rmtree(pending)
+            raise Conflict(
+                f"The files of the dataset are not whole: {damage}.",
+                code="dataset_damaged",
+                cure="Prepare it again with POST /api/v1/datasets/{dataset_id}/prepare.",
+                param="dataset_id",
+            )
+        for folder in (pending, pending.parent, self._root):
+            sync_folder(folder)
+
+    def new_upload(self, dataset_id: str) -> Path:
+        """The folder of an upload whose organisation is not known yet."""
+        folder = self._upload(dataset_id)
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard_upload(self, dataset_id: str) -> None:
+        shutil.rmtree(self._upload(dataset_id), ignore_errors=True)
+
+    def claim_upload(self, org_id: str, dataset_id: str) -> None:
+        """The upload is whole and becomes the organisation's, under its pending name."""
+        pending = self._pending(org_id, dataset_id)
+        pending.parent.mkdir(parents=True, exist_ok=True)
+        self._upload(dataset_id).rename(pending)
+        for folder in (pending, pending.parent, self._root):
+            sync_folder(folder)
+
+    def withdraw(self, org_id: str, dataset_id: str) -> None:
+        """Back to its pending name: without its row it is swept."""
+        folder = self.folder(org_id, dataset_id)
+        if folder.is_dir():
+            folder.rename(self._pending(org_id, dataset_id))
+            sync_folder(folder.parent)
+
+    def folder(self, org_id: str, name: str) -> Path:
+        return self._root / org_id / name
+
+    def settle(self, org_id: str, name: str) -> Path:
+        """The folder of something accepted, whether or not its submit came to its end."""
+        folder = self.folder(org_id, name)
+        pending = self._pending(org_id, name)
+        if pending.is_dir() and not folder.exists():
+            pending.rename(folder)
+            sync_folder(folder.parent)
+        return folder
+
     def discard_pending(self, org_id: str, training_id: str) -> None:
         shutil.rmtree(self._pending(org_id, training_id))
 
     def conversations_path(self, org_id: str, training_id: str) -> Path:
         """Where the conversations of an accepted job lie, whether or not its submit came to its end."""
-        folder = self._root / org_id / training_id
-        pending = self._pending(org_id, training_id)
-        if pending.is_dir() and not folder.exists():
-            pending.rename(folder)
-            sync_folder(folder.parent)
-        return folder / CONVERSATIONS
+        return self.settle(org_id, training_id) / CONVERSATIONS
 
-    def sweep(self, is_accepted: Callable[[str], bool]) -> int:
-        """Remove what submits that never came to an answer have left. Returns how many folders that were."""
+    def sweep(self, kind: str, is_accepted: Callable[[str], bool]) -> int:
+        """Remove what submits that never came to an answer have left, of the names that begin with `kind`.
+
+        Returns how many folders that were.
+        """
         swept = 0
-        for pending in self._root.glob(f"*/*{PENDING}"):
+        for pending in self._root.glob(f"*/{kind}*{PENDING}"):
             if not is_accepted(pending.name.removesuffix(PENDING)):
                 shutil.rmtree(pending)
                 swept += 1
         return swept
 
+    def _upload(self, dataset_id: str) -> Path:
+        return self._root / UPLOADS / f"{dataset_id}{PENDING}"
+
     def _pending(self, org_id: str, training_id: str) -> Path:
         return self._root / org_id / f"{training_id}{PENDING}"
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes, which are never changed in place; a copy where the disk has no such names."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)

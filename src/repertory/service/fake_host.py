@@ -17,11 +17,9 @@ and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (defaul
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -52,6 +50,7 @@ from repertory.contracts import (
     Usage,
 )
 from repertory.errors import BaseModelUnavailable, ErrorInfo, InsufficientMemory, JobFailed, RepertoryError
+from repertory.lifeline import end_with_service
 from repertory.settings import settings
 
 STEPS = int(os.environ.get("FAKE_HOST_STEPS", "10"))
@@ -59,7 +58,6 @@ STEP_SECONDS = float(os.environ.get("FAKE_HOST_STEP_SECONDS", "0.02"))
 WORD_SECONDS = 0.02
 STEPS_PER_CHECKPOINT = 5
 DEVICE = Device(kind="cpu", name="fake", memory_bytes=1 << 30, has_bf16=False)
-PR_SET_PDEATHSIG = 1
 
 
 class FakeHost:
@@ -343,12 +341,6 @@ def _answers(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def _end_with_service() -> None:
-    """When the service closes the control pipe, or dies and the kernel closes it."""
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--socket", type=Path, required=True)
@@ -356,13 +348,12 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--dtype")
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_service()
     key = BaseKey.resolve(arguments.base_model, settings().hyperparameters, DEVICE)
     if arguments.quantization is not None:
         key = key.model_copy(update={"quantization": arguments.quantization, "dtype": arguments.dtype})
     host = FakeHost(arguments.base_model, key, arguments.socket)
     server = Server(host)
-    threading.Thread(target=_end_with_service, daemon=True).start()
     threading.Thread(target=host.load, daemon=True).start()
     server.serve_forever(poll_interval=10.0)
 

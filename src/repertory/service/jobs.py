@@ -25,8 +25,9 @@ from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation
 from repertory.errors import Conflict, ErrorInfo, InvalidInput, NotFound
 from repertory.service.datasets import Datasets
-from repertory.service.store import Store, job_events, jobs, now, organisations
+from repertory.service.store import Store, ensure_organisation, job_events, jobs, now, organisations
 
+KIND = "train_"  # how the ids begin
 FEW_CONVERSATIONS = 100  # below this a voice is seldom caught, and the job says so
 
 
@@ -128,11 +129,11 @@ class Jobs:
         earlier = self._earlier(submission)
         if earlier is not None:
             return Accepted(job=earlier, is_replay=True)
-        job_id = f"train_{secrets.token_hex(8)}"
+        job_id = f"{KIND}{secrets.token_hex(8)}"
         self._datasets.write_pending(submission.org_id, job_id, submission.conversations)
         try:
             with self._store.write() as connection:
-                _ensure_organisation(connection, submission.org_id)
+                ensure_organisation(connection, submission.org_id)
                 _insert_job(connection, job_id, submission)
                 enter(connection, job_id, Status.QUEUED)
         except IntegrityError:
@@ -261,7 +262,7 @@ class Jobs:
                     enter(connection, orphan.id, Status.CANCELLED)
                 else:
                     requeue(connection, orphan.id, "the service was restarted")
-        self._datasets.sweep(self.exists)
+        self._datasets.sweep(KIND, self.exists)
         return [orphan.id for orphan in orphans]
 
     def _earlier(self, submission: Submission) -> Job | None:
@@ -323,12 +324,6 @@ def _in_turn(query: Select[Any]) -> Select[Any]:
             jobs.c.id,
         )
     )
-
-
-def _ensure_organisation(connection: Connection, org_id: str) -> None:
-    present = select(organisations.c.org_id).where(organisations.c.org_id == org_id)
-    if connection.execute(present).one_or_none() is None:
-        connection.execute(insert(organisations).values(org_id=org_id, created_at=now()))
 
 
 def _insert_job(connection: Connection, job_id: str, submission: Submission) -> None:

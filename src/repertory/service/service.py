@@ -7,6 +7,7 @@ import structlog
 from repertory.service.datasets import Datasets
 from repertory.service.dispatcher import Dispatcher
 from repertory.service.hosts import Hosts
+from repertory.service.imports import Imports
 from repertory.service.jobs import Jobs
 from repertory.service.models import Models
 from repertory.service.store import Store
@@ -22,6 +23,7 @@ class Service:
         self.store = Store(settings.database_url)
         self.store.migrate()
         self.datasets = Datasets(settings.dataset_dir)
+        self.imports = Imports(self.store, self.datasets)
         self.jobs = Jobs(self.store, self.datasets)
         self.models = Models(self.store, settings.finetuned_model_dir)
         self.hosts = Hosts(settings)
@@ -31,9 +33,11 @@ class Service:
         log.warning("open: no API key is set up, so whoever reaches this port may use it and read everything")
         self.hosts.start()
         self.dispatcher.start()
+        self.imports.start()
 
     def stop(self) -> None:
         """Jobs that run now stay as they are; the next start resumes them from their checkpoints."""
+        self.imports.stop()
         self.dispatcher.stop()
         self.hosts.stop()
         self.dispatcher.join()

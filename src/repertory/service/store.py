@@ -19,6 +19,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Connection,
@@ -37,7 +38,9 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    insert,
     make_url,
+    select,
     text,
 )
 
@@ -132,9 +135,30 @@ model_versions = Table(
     Index("model_versions_by_org", "org_id", "created_at"),
 )
 
+datasets = Table(
+    "datasets",
+    tables,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", String(64), ForeignKey("organisations.org_id"), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("file_name", Text, nullable=False),
+    Column("file_bytes", BigInteger, nullable=False),
+    Column("options", JSON, nullable=False),  # how it is read and prepared; the last that was asked for
+    Column("summary", JSON(none_as_null=True)),  # once it is read
+    Column("error", JSON(none_as_null=True)),
+    Index("datasets_by_status", "status", "created_at"),
+)
+
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def ensure_organisation(connection: Connection, org_id: str) -> None:
+    present = select(organisations.c.org_id).where(organisations.c.org_id == org_id)
+    if connection.execute(present).one_or_none() is None:
+        connection.execute(insert(organisations).values(org_id=org_id, created_at=now()))
 
 
 class Store:

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
-from repertory.service.api import errors, inference, training
+from repertory.data.imports import ImportOptions
+from repertory.service.api import datasets, errors, inference, training
+from repertory.service.api.datasets import NewDataset
 from repertory.service.api.deps import strict_query
 from repertory.service.api.envelope import Envelope
 from repertory.service.api.schemas import EvaluateModel, Generate, StartTraining, WhichModel
@@ -24,6 +26,7 @@ BODIES: dict[str, type[BaseModel]] = {
     f"{PREFIX}/training/start": StartTraining,
     f"{PREFIX}/training/estimate": StartTraining,
     f"{PREFIX}/training/evaluate": EvaluateModel,
+    f"{PREFIX}/datasets/{{dataset_id}}/prepare": ImportOptions,
     f"{PREFIX}/generate": Generate,
     f"{PREFIX}/models/load": WhichModel,
     f"{PREFIX}/models/unload": WhichModel,
@@ -50,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (training.router, inference.router):
+    for router in (training.router, datasets.router, inference.router):
         app.include_router(router, prefix=PREFIX, dependencies=[Depends(strict_query)])
     errors.install(app)
     app.add_middleware(Envelope, settings=settings)
@@ -65,11 +68,13 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = generated()
+            models: list[type[BaseModel]] = list(dict.fromkeys([*BODIES.values(), NewDataset]))
             references, definitions = models_json_schema(
-                [(model, "validation") for model in dict.fromkeys(BODIES.values())],
-                ref_template="#/components/schemas/{model}",
+                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
             )
             schema["components"]["schemas"] |= definitions["$defs"]
+            form = {"multipart/form-data": {"schema": references[NewDataset, "validation"]}}
+            schema["paths"][f"{PREFIX}/datasets"]["post"]["requestBody"] = {"content": form, "required": True}
             for path, model in BODIES.items():
                 content = {"application/json": {"schema": references[model, "validation"]}}
                 schema["paths"][path]["post"]["requestBody"] = {"content": content, "required": model is not WhichModel}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from repertory.contracts import Download, Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
 from repertory.data.conversations import CleanText, Conversation, Message, SpokenText
+from repertory.data.imports import ImportSummary
 
 
 class Request(BaseModel):
@@ -91,6 +92,53 @@ class ModelEvaluated(BaseModel):
     model_path: str
     model_id: str
     metrics: Evaluation
+
+
+class DatasetAccepted(BaseModel):
+    dataset_id: str
+    status: str
+
+
+class DatasetStatus(BaseModel):
+    dataset_id: str
+    org_id: str
+    status: Literal["queued", "preparing", "needs_persona", "ready", "failed"]
+    progress: float  # of the export, as read
+    created_at: datetime
+    file_name: str
+    file_bytes: int
+    options: dict[str, Any]
+    summary: ImportSummary | None  # once it is read
+    error: JobError | None
+    trained: list[str]  # the jobs that were started on it
+    report: dict[str, Any] | None  # once it is ready
+
+
+class DatasetList(BaseModel):
+    datasets: list[DatasetStatus]
+
+
+class DatasetAuthor(BaseModel):
+    id: str
+    name: str
+    names: list[str]
+    messages: int
+    characters: int
+    is_bot: bool
+    first: float | None  # seconds since 1970 in UTC
+    last: float | None
+
+
+class DatasetAuthors(BaseModel):
+    dataset_id: str
+    authors: list[DatasetAuthor]  # those who speak most, at most 1,000
+    count: int
+    findings: dict[str, Any]
+
+
+class DatasetDeleted(BaseModel):
+    message: str
+    dataset_id: str
 
 
 def _as_list(stop: object) -> object:

@@ -1,0 +1,152 @@
+"""/api/v1/datasets: send a chat export, see who speaks in it, have it prepared, look at what would be learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import ConfigDict, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from repertory.contracts import OrgId
+from repertory.data.imports import ImportOptions
+from repertory.service.api.body import body_of
+from repertory.service.api.deps import OrgIdQuery, ServiceDep
+from repertory.service.api.errors import ApiError, InvalidRequest, problem
+from repertory.service.api.schemas import (
+    DatasetAccepted,
+    DatasetAuthors,
+    DatasetDeleted,
+    DatasetList,
+    DatasetStatus,
+    JobError,
+)
+from repertory.service.api.upload import receive
+from repertory.service.imports import Dataset, new_id
+from repertory.service.service import Service
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+LISTS = ("persona", "exclude", "mask", "column")  # fields that may come again and again
+
+
+class NewDataset(ImportOptions):
+    """The fields of the form, beside the file."""
+
+    model_config = ConfigDict(
+        json_schema_extra=lambda schema: schema["properties"].update(file={"type": "string", "format": "binary"})
+    )
+
+    org_id: OrgId
+
+    @property
+    def options(self) -> ImportOptions:
+        return ImportOptions.model_validate(self.model_dump(exclude={"org_id"}))
+
+
+@router.post("", status_code=202)
+async def send(service: ServiceDep, request: Request) -> DatasetAccepted:
+    """Accept an export. Once this is answered, it survives a restart, a crash and a power cut."""
+    _refuse_other_pages(request)
+    dataset_id = new_id()
+    folder = await run_in_threadpool(service.datasets.new_upload, dataset_id)
+    try:
+        into = folder / "export"
+        into.mkdir()
+        upload = await receive(request, into, int(service.settings.max_upload_gb * (1 << 30)))
+        asked = _asked(upload.fields)
+        await run_in_threadpool(asked.options.check)
+        dataset = await run_in_threadpool(
+            service.imports.accept,
+            asked.org_id,
+            dataset_id,
+            upload.file_name or "",
+            upload.file_bytes,
+            asked.options,
+        )
+    finally:  # nothing is there any more of one that was accepted
+        await run_in_threadpool(service.datasets.discard_upload, dataset_id)
+    return DatasetAccepted(dataset_id=dataset.id, status=dataset.status)
+
+
+@router.get("")
+def of_organisation(service: ServiceDep, org_id: Annotated[OrgId, Query()]) -> DatasetList:
+    """Newest first, without their reports."""
+    return DatasetList(datasets=[_status(one, service) for one in service.imports.of_organisation(org_id)])
+
+
+@router.get("/{dataset_id}")
+def status(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetStatus:
+    dataset = service.imports.get(dataset_id, org_id)
+    return _status(dataset, service, report=service.imports.report(dataset))
+
+
+@router.get("/{dataset_id}/authors")
+def authors(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetAuthors:
+    """Who speaks in it, most first: to choose the persona from. Known as soon as the export has been read."""
+    found = service.imports.authors(service.imports.get(dataset_id, org_id))
+    return DatasetAuthors(dataset_id=dataset_id, **found)
+
+
+@router.post("/{dataset_id}/prepare", status_code=202)
+def prepare(
+    service: ServiceDep,
+    dataset_id: str,
+    options: Annotated[ImportOptions, Depends(body_of(ImportOptions))],
+    org_id: OrgIdQuery = None,
+) -> DatasetAccepted:
+    """Prepare it, again where it was already, with these options in place of all those before."""
+    options.check()
+    dataset = service.imports.prepare(dataset_id, org_id, options)
+    return DatasetAccepted(dataset_id=dataset.id, status=dataset.status)
+
+
+@router.delete("/{dataset_id}")
+def delete(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetDeleted:
+    """Remove the export and all that was made of it. Jobs that were started on it keep their copy."""
+    service.imports.delete(dataset_id, org_id)
+    return DatasetDeleted(message="The dataset is deleted.", dataset_id=dataset_id)
+
+
+def _asked(fields: dict[str, list[str]]) -> NewDataset:
+    twice = [name for name, values in fields.items() if name not in LISTS and len(values) > 1]
+    if twice:
+        raise InvalidRequest([problem({"type": "twice", "loc": (twice[0],), "msg": "is sent twice"})])
+    values: dict[str, Any] = {name: sent if name in LISTS else sent[0] for name, sent in fields.items()}
+    try:
+        return NewDataset.model_validate(values)
+    except ValidationError as error:
+        known = list(NewDataset.model_fields)
+        raise InvalidRequest(
+            [problem(details, known) for details in error.errors(include_input=False, include_url=False)]
+        ) from None
+
+
+def _refuse_other_pages(request: Request) -> None:
+    """A page of another origin can have a browser send a form without asking for leave."""
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise ApiError(
+            403,
+            "origin_not_allowed",
+            "The form comes from a page of another origin.",
+            "Send it from a program, or from a page of this service.",
+        )
+
+
+def _status(dataset: Dataset, service: Service, report: dict[str, Any] | None = None) -> DatasetStatus:
+    summary = dataset.summary
+    return DatasetStatus(
+        dataset_id=dataset.id,
+        org_id=dataset.org_id,
+        status=dataset.status,
+        progress=service.imports.progress(dataset),
+        created_at=dataset.created_at,
+        file_name=dataset.file_name,
+        file_bytes=dataset.file_bytes,
+        options=dataset.options.model_dump(exclude_defaults=True),
+        summary=summary,
+        error=None if dataset.error is None else JobError.model_validate(dataset.error.model_dump()),
+        trained=service.imports.trained(dataset),
+        report=report,
+    )

@@ -1,0 +1,335 @@
+"""Exports over HTTP: sent as a stream, read and prepared by a process of its own, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import exports
+from repertory.data.history import Entry
+from repertory.service.api.upload import file_name
+from running_service import RunningService, eventually
+
+Start = Callable[..., RunningService]
+WORKER = "repertory.data.preparation.worker"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    running = RunningService(tmp_path_factory.mktemp("service"), MAX_UPLOAD_GB="0.0625").until_ready()
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.log
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """Ana answers Bob 40 times, two hours between."""
+    entries = []
+    for number in range(40):
+        for at, (author, text) in enumerate((("bob", f"question {number}?"), ("ana", f"answer {number} to bob@x.yz"))):
+            time = 1_700_000_000.0 + 7200 * number + 60 * at
+            entries.append(
+                Entry(channel="7", id=f"{2 * number + at + 1}", author_id=author, author=author, text=text, time=time)
+            )
+    return exports.telegram(entries, tmp_path)
+
+
+def send(service: RunningService, path: Path, org_id: str = "a", status: int = 202, **fields: Any) -> dict[str, Any]:
+    with path.open("rb") as file:
+        answer = service.client.post("/datasets", data={"org_id": org_id} | fields, files={"file": (path.name, file)})
+    assert answer.status_code == status, answer.text
+    return dict(answer.json())
+
+
+def prepared(service: RunningService, dataset_id: str) -> dict[str, Any]:
+    """The dataset once nothing more is going to happen."""
+
+    def ended() -> Any:
+        dataset = service.client.get(f"/datasets/{dataset_id}").json()
+        return dataset["status"] not in ("queued", "preparing") and dataset
+
+    return dict(eventually(ended))
+
+
+def imported(service: RunningService, path: Path, org_id: str = "a", **fields: Any) -> dict[str, Any]:
+    return prepared(service, send(service, path, org_id, **fields)["dataset_id"])
+
+
+def worker(service: RunningService) -> psutil.Process | None:
+    """The process that prepares, stopped where it is."""
+    for child in psutil.Process(service.process.pid).children():
+        if WORKER in child.cmdline():
+            child.send_signal(signal.SIGSTOP)
+            return child
+    return None
+
+
+def stored(service: RunningService, org_id: str) -> list[Path]:
+    """All that lies there for an organisation, or for none."""
+    root = service.folder / "models" / "datasets"
+    return [path for owner in (org_id, "_uploads") for path in (root / owner).glob("*")]
+
+
+def test_an_export_becomes_a_dataset(service: RunningService, export: Path) -> None:
+    accepted = send(service, export, "journey")
+    assert accepted["status"] == "queued"
+    at = f"/datasets/{accepted['dataset_id']}"
+    dataset = prepared(service, accepted["dataset_id"])
+    assert dataset["status"] == "needs_persona"
+    assert dataset["report"] is None
+    assert dataset["file_bytes"] == export.stat().st_size
+    table = service.client.get(f"{at}/authors").json()
+    assert [(author["name"], author["messages"]) for author in table["authors"]] == [("bob", 40), ("ana", 40)]
+    asked = service.client.post(f"{at}/prepare", json={"persona": ["ana"], "gap": "30m", "mask": ["bob"]})
+    assert asked.status_code == 202, asked.text
+    dataset = prepared(service, accepted["dataset_id"])
+    assert dataset["status"] == "ready"
+    assert dataset["options"] == {"persona": ["ana"], "gap": "30m", "mask": ["bob"]}
+    assert dataset["summary"]["conversations"] == dataset["report"]["conversations"] == 40
+    assert dataset["summary"]["recorded_authors"] == 2
+    assert dataset["report"]["stages"][0]["before"] == 80
+    assert dataset["report"]["surrogates"] == {"EMAIL": 40}
+    listed = service.client.get("/datasets?org_id=journey").json()["datasets"]
+    assert [one["dataset_id"] for one in listed] == [accepted["dataset_id"]]
+    consent = service.folder / "models/datasets/journey" / accepted["dataset_id"] / "prepared/consent.jsonl"
+    assert {len(json.loads(line)) for line in consent.read_text().splitlines()} == {2}
+    assert "ana" not in consent.read_text()
+    assert service.client.delete(at).status_code == 200
+    assert service.client.get(at).status_code == 404
+    assert stored(service, "journey") == []
+
+
+def test_a_persona_may_be_named_at_once(service: RunningService, export: Path) -> None:
+    dataset = imported(service, export, "at-once", persona=["ana"], exclude=["nobody"], format="telegram")
+    assert dataset["status"] == "ready"
+    assert dataset["summary"]["persona"] == "ana"
+
+
+def test_an_assistant_s_conversations_need_no_persona(service: RunningService, tmp_path: Path) -> None:
+    turns = [("user", "hi"), ("assistant", "hello")]
+    said = [Entry(channel="1", id=f"{n}", author_id=r, author=r, text=t) for n, (r, t) in enumerate(turns)]
+    dataset = imported(service, exports.sharegpt(said, tmp_path))
+    assert dataset["status"] == "ready"
+    assert dataset["summary"] | {"format": "", "authors": 0} == {
+        "format": "",
+        "messages": 2,
+        "authors": 0,
+        "persona": "assistant",
+        "conversations": 1,
+        "trained_turns": 1,
+        "recorded_authors": 2,
+        "system_prompt": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"org_id": "../x"}, "invalid_input", "org_id"),
+        ({"org_id": ["a", "b"]}, "invalid_input", "org_id"),
+        ({"format": "word"}, "format_unknown", "format"),
+        ({"gap": "soon"}, "invalid_gap", "gap"),
+        ({"timezone": "../../etc/passwd"}, "invalid_timezone", "timezone"),
+        ({"live_since": "yesterday"}, "invalid_date", "live_since"),
+        ({"column": "author"}, "invalid_column", "column"),
+        ({"mask_others": "perhaps"}, "invalid_input", "mask_others"),
+        ({"personna": "ana"}, "unknown_field", "personna"),
+        ({"persona": "a\x00b"}, "invalid_input", "persona"),
+    ],
+)
+def test_fields_that_are_refused(
+    fields: dict[str, Any], code: str, param: str, service: RunningService, export: Path
+) -> None:
+    error = send(service, export, status=422, **({"org_id": "refused"} | fields))["error"]
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["cure"]
+    assert stored(service, "refused") == []
+
+
+def test_bodies_that_are_no_form(service: RunningService, export: Path) -> None:
+    def code(**how: Any) -> tuple[int, str]:
+        answer = service.client.post("/datasets", **how)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    whole = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nhello\r\n--b--\r\n'
+    assert code(json={"org_id": "a"}) == (415, "unsupported_media_type")
+    assert code(content=b"", headers=form) == (400, "invalid_multipart")
+    assert code(content=whole[:-9], headers=form) == (400, "invalid_multipart")
+    assert code(content=b"nonsense", headers=form) == (400, "invalid_multipart")
+    assert code(content=whole, headers=form) == (422, "missing_field")  # org_id
+    assert code(data={"org_id": "a"}, files={"picture": b"x"}) == (422, "invalid_input")
+    assert code(data={"org_id": "a"}, files=[("file", b"x"), ("file", b"y")]) == (422, "several_files")
+    evil = {"origin": "http://127.0.0.1:1"}  # a page of another port of this machine
+    assert code(data={"org_id": "a"}, files={"file": b"x"}, headers=evil) == (403, "origin_not_allowed")
+    assert stored(service, "-") == []
+
+
+def test_files_from_which_nothing_can_be_made(service: RunningService, export: Path, tmp_path: Path) -> None:
+    bad, bomb = tmp_path / "bad.json", tmp_path / "bomb.zip"
+    bad.write_bytes(b"\x89PNG\r\n" + bytes(range(256)))
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../../result.json", b"0" * (8 << 20))
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (bad, {}, "format_not_recognised"),
+        (bomb, {}, "archive_refused"),
+        (export, {"persona": "ana", "format": "irc"}, "persona_unknown"),
+        (export, {"persona": "anna"}, "persona_unknown"),
+    ]
+    ids = [(send(service, path, "broken", **fields)["dataset_id"], code) for path, fields, code in cases]
+    for dataset_id, code in ids:
+        dataset = prepared(service, dataset_id)
+        assert (dataset["status"], dataset["error"]["code"]) == ("failed", code)
+        assert dataset["error"]["cure"]
+        assert str(service.folder) not in dataset["error"]["message"]
+    misnamed = ids[3][0]  # what went wrong is cured without sending it again
+    assert len(service.client.get(f"/datasets/{misnamed}/authors").json()["authors"]) == 2
+    assert service.client.get(f"/datasets/{ids[0][0]}/authors").json()["error"]["code"] == "dataset_not_ready"
+    service.client.post(f"/datasets/{misnamed}/prepare", json={"persona": ["ana"]})
+    assert prepared(service, misnamed)["status"] == "ready"
+
+
+def test_a_truncated_file_gives_what_is_whole(service: RunningService, export: Path) -> None:
+    export.write_bytes(export.read_bytes()[: export.stat().st_size // 2])
+    dataset = imported(service, export, persona="ana")
+    assert dataset["status"] == "ready"
+    assert 10 < dataset["summary"]["conversations"] < 30
+    assert dataset["report"]["findings"]["counts"]["file_broken"] == 1
+
+
+def test_nobody_sees_another_s_dataset(service: RunningService, export: Path) -> None:
+    dataset_id = imported(service, export, "owner", persona="ana")["dataset_id"]
+
+    def refusals(dataset_id: str) -> list[Any]:
+        at, other = f"/datasets/{dataset_id}", {"org_id": "stranger"}
+        answers = [
+            service.client.get(at, params=other),
+            service.client.get(f"{at}/authors", params=other),
+            service.client.post(f"{at}/prepare", params=other, json={"persona": ["bob"]}),
+            service.client.delete(at, params=other),
+        ]
+        return [(one.status_code, {**one.json()["error"], "request_id": ""}) for one in answers]
+
+    assert refusals(dataset_id) == refusals("data_0123456789abcdef")
+    assert {status for status, _ in refusals(dataset_id)} == {404}
+    assert service.client.get("/datasets?org_id=stranger").json() == {"datasets": []}
+    assert service.client.get(f"/datasets/{dataset_id}?org_id=owner").json()["status"] == "ready"
+
+
+def test_a_large_upload_does_not_grow_the_service(service: RunningService, tmp_path: Path) -> None:
+    path = tmp_path / "large.csv"
+    with path.open("w") as file:
+        file.write("author,text\n")
+        for number in range(500):
+            file.write(f"{('ana', 'bob')[number % 2]},{number}{'x' * 100_000}\n")
+    assert path.stat().st_size > 50e6
+    before = peak_bytes(service)
+    dataset_id = send(service, path, "large", persona="ana")["dataset_id"]
+    assert peak_bytes(service) - before < 16 << 20
+    service.client.delete(f"/datasets/{dataset_id}")
+    assert stored(service, "large") == []
+
+
+def peak_bytes(service: RunningService) -> int:
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
+
+
+def test_a_file_above_the_limit_is_refused(service: RunningService, tmp_path: Path) -> None:
+    # Declared: refused before it is sent.
+    head = (
+        "POST /api/v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        f"Content-Length: {3 << 30}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode())
+        assert b" 413 " in connection.recv(1000)
+
+    def endless() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(65):
+            yield bytes(1 << 20)
+
+    answer = service.client.post(
+        "/datasets", content=endless(), headers={"content-type": "multipart/form-data; boundary=b"}
+    )
+    assert answer.status_code == 413
+    assert "0.0625 GiB that MAX_UPLOAD_GB allows" in answer.json()["error"]["message"]
+    assert stored(service, "-") == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(service: RunningService) -> None:
+    head = (
+        "POST /api/v1/datasets HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        'Content-Length: 10000\r\n\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nhello'
+    )
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode())
+        eventually(lambda: stored(service, "-"))
+    eventually(lambda: stored(service, "-") == [])
+
+
+def test_the_worker_killed_is_an_error_with_a_cure(start_service: Start, export: Path) -> None:
+    service = start_service()
+    dataset_id = send(service, export, persona="ana")["dataset_id"]
+    eventually(lambda: worker(service)).kill()
+    error = prepared(service, dataset_id)["error"]
+    assert error["code"] == "preparation_died"
+    assert "killed by signal 9" in error["message"]
+    assert "memory" in error["cure"]
+    service.client.post(f"/datasets/{dataset_id}/prepare", json={"persona": ["ana"]})
+    assert prepared(service, dataset_id)["status"] == "ready"
+
+
+def test_an_accepted_export_survives_kill_9_and_its_worker_does_not(start_service: Start, export: Path) -> None:
+    service = start_service()
+    first, second = (send(service, export, persona="ana")["dataset_id"] for _ in range(2))
+    busy = eventually(lambda: worker(service))
+    assert service.client.get(f"/datasets/{first}").json()["status"] == "preparing"
+    service.kill()
+    eventually(lambda: not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE)
+    # As if it had died between the row and the names of the folders.
+    folder = service.folder / "models/datasets/a"
+    (folder / second).rename(folder / f"{second}.pending")
+    (folder / "data_unanswered.pending").mkdir()
+    service.start()
+    assert [prepared(service, one)["status"] for one in (first, second)] == ["ready", "ready"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([first, second])
+
+
+def test_deleting_stops_the_worker(start_service: Start, export: Path) -> None:
+    service = start_service()
+    dataset_id = send(service, export, persona="ana")["dataset_id"]
+    busy = eventually(lambda: worker(service))
+    again = service.client.post(f"/datasets/{dataset_id}/prepare", json={"persona": ["bob"]})
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "dataset_not_ready")
+    assert service.client.delete(f"/datasets/{dataset_id}").status_code == 200
+    assert not busy.is_running()
+    assert stored(service, "a") == []
+    assert imported(service, export, persona="ana")["status"] == "ready"  # the next one has its turn
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("result.json", "result.json"),
+        ("../../etc/passwd", "passwd"),
+        (r"C:\exports\Chat mit Jörg.txt", "Chat mit Jörg.txt"),
+        ("..", "export"),
+        (".hidden\n.json", "hidden_.json"),
+        ("x" * 300 + ".json", "x" * 95 + ".json"),
+        ("", "export"),
+    ],
+)
+def test_names_under_which_files_are_stored(sent: str, kept: str) -> None:
+    assert file_name(sent) == kept
