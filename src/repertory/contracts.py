@@ -201,13 +201,20 @@ class GenerateRequest(Contract):
     request_id: str
     org_id: OrgId
     adapter: AdapterRef | None  # None: the bare base
-    messages: list[Message]  # the last one is the user's; a leading system message, or the recorded one is used
+    messages: list[Message] = []  # the last one is the user's; a leading system message, or the recorded one is used
+    prompt: str | None = None  # instead of messages: a text to be continued as it is, without the chat template
     temperature: float = Field(ge=0, le=2)  # 0: greedy
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0)  # 0: no limit
     max_tokens: int = Field(ge=1)
     stop: list[str] = []
     seed: int | None = None
+
+    @model_validator(mode="after")
+    def something_to_answer(self) -> GenerateRequest:
+        if bool(self.messages) == (self.prompt is not None):
+            raise ValueError("wants either messages or a prompt")
+        return self
 
 
 class Usage(Contract):

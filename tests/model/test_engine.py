@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from repertory.contracts import GenerateRequest, TokenChunk
 from repertory.data.conversations import Message
@@ -122,6 +124,34 @@ def test_a_sequence_stops_at_the_turn_end_and_at_a_stop_string(base: Base) -> No
     ask(engine, "Hello!", None, told, stop=[text[5:8]])
     drain(engine)
     assert "".join(chunk.text for chunk in told) == text[: text.find(text[5:8])]
+
+
+def test_a_raw_prompt_is_continued_as_transformers_continues_it(base: Base, cache: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(cache / "tiny/llama-gqa", attn_implementation="eager")
+    engine = Engine(base)
+    told: list[TokenChunk] = []
+    request = GenerateRequest(
+        request_id="r",
+        org_id="org",
+        adapter=None,
+        prompt="Hello! Hey, how",
+        temperature=0,
+        top_p=1,
+        top_k=0,
+        max_tokens=12,
+    )
+    sequence = engine.sequence(request, None, "a recorded system prompt", told.append)
+    sequence.stop_ids = set()
+    engine.submit(sequence)
+    drain(engine)
+    ids = base.renderer.tokenizer(request.prompt, return_tensors="pt")["input_ids"]
+    assert sequence.prompt_ids == ids[0].tolist()
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0]
+    assert sequence.output_ids == expected[ids.shape[1] :].tolist()
+    whole = base.renderer.tokenizer.decode(expected, skip_special_tokens=True)
+    assert request.prompt + "".join(chunk.text for chunk in told) == whole
 
 
 def test_cancelling_frees_the_row_and_leaves_the_others_alone(base: Base) -> None:

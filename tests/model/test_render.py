@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from repertory.data.conversations import Conversation, Message
-from repertory.data.render import NO_LABEL, Renderer, Row
+from repertory.data.render import DEFAULT_TEMPLATE, NO_LABEL, Renderer, Row
 from repertory.errors import BaseModelUnavailable, InvalidInput
 
 CHAT = [
@@ -92,6 +93,24 @@ def test_a_single_message_that_is_too_long_is_refused_and_one_that_fits_is_not()
         with pytest.raises(InvalidInput) as refused:
             RENDERER.prompt(messages, len(ids) - 1)
         assert refused.value.code == "prompt_too_long"
+
+
+def test_a_text_to_continue_gets_no_template_and_loses_nothing() -> None:
+    text = "Once <|im_end|> upon"
+    ids = RENDERER.raw_prompt(text, 100)
+    assert RENDERER.tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids  # typed, so it stays text
+    assert RENDERER.tokenizer.decode(ids) == text
+    assert RENDERER.raw_prompt(text, len(ids)) == ids
+    with pytest.raises(InvalidInput) as refused:
+        RENDERER.raw_prompt(text, len(ids) - 1)
+    assert (refused.value.code, refused.value.param) == ("prompt_too_long", "prompt")
+
+
+def test_a_text_to_continue_begins_as_the_tokenizer_begins_every_text() -> None:
+    tokenizer = tiny.make_metaspace_tokenizer(DEFAULT_TEMPLATE)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert Renderer(tokenizer).raw_prompt("Once", 100) == tokenizer("Once")["input_ids"]
+    assert tokenizer("Once")["input_ids"][0] == tokenizer.bos_token_id == 1
 
 
 def test_templates_that_write_the_date_write_the_same_one_every_day() -> None:

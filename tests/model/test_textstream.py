@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,3 +57,13 @@ def test_text_ends_before_the_first_stop_string_and_none_of_it_leaks(text: str, 
 def test_white_space_around_a_reply_is_left_out_and_within_it_kept() -> None:
     pieces = streamed(" \n Arr,  matey!\n\nAye. \n", [])
     assert "".join(pieces) == "Arr,  matey!\n\nAye."
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, tiny.make_metaspace_tokenizer(None)], ids=["bytes", "spaces"])
+def test_a_continued_text_keeps_its_white_space(tokenizer: Any) -> None:
+    ids = tokenizer("Hello! and on it went 👩‍👩‍👧 \n", add_special_tokens=False)["input_ids"]
+    for at in (1, 3, 5):  # within the words that are told
+        told = tokenizer.decode(ids[:at], skip_special_tokens=True)
+        stream = TextStream(tokenizer.decode, ["STOP"], ids[:at])
+        pieces = [stream.push(token) for token in ids[at:]]
+        assert told + "".join(pieces) + stream.rest() == "Hello! and on it went 👩‍👩‍👧 \n"

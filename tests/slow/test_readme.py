@@ -1,6 +1,6 @@
 """The README's commands as a newcomer pastes them, against a real service.
 
-A block fenced as `sh` is meant to be run as it stands; the other fences are not.
+A block fenced as `sh` or `python` is meant to be run as it stands; the other fences are not.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def paste(service: RunningService) -> Paste:
     return run
 
 
-def test_the_quick_start_ends_with_a_reply_in_the_new_voice(paste: Paste) -> None:
+def test_the_quick_start_ends_with_a_reply_in_the_new_voice(paste: Paste, service: RunningService) -> None:
     start, _, status, generate = _blocks()
     job = paste(start)
     assert job["training_id"].startswith("train_")
@@ -52,6 +53,11 @@ def test_the_quick_start_ends_with_a_reply_in_the_new_voice(paste: Paste) -> Non
     assert reply["response"].strip()
     assert reply["model_info"]["org_id"] == "org_123"
     assert job["training_id"] in reply["model_info"]["model_path"]
+
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    script = snippet.replace("http://localhost:8300", service.url)
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert said.stdout.strip()
 
 
 def test_a_base_model_out_of_reach_ends_as_a_failed_job_that_says_why(paste: Paste) -> None:

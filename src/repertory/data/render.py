@@ -152,6 +152,24 @@ class Renderer:
             )
         return tokens(candidates[fitting]), len(messages) - len(candidates[fitting])
 
+    def raw_prompt(self, text: str, max_tokens: int) -> list[int]:
+        """Tokens of a text that is to be continued: no template, but what the tokenizer begins every text with.
+
+        A special token that is typed stays text here too. InvalidInput if it is too long: nothing of it may be dropped.
+        """
+        with self._encoding:
+            ids: list[int] = self._encoder(text, split_special_tokens=True)["input_ids"]
+        if not ids:
+            raise InvalidInput("the prompt is empty", param="prompt", cure="Send a text to continue.")
+        if len(ids) > max_tokens:
+            raise InvalidInput(
+                f"the prompt has {len(ids)} tokens; {max_tokens} fit beside the reply",
+                code="prompt_too_long",
+                cure="Shorten the prompt, or ask for fewer max_tokens.",
+                param="prompt",
+            )
+        return ids
+
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end a reply: the turn end of the template and the tokenizer's end of sequence."""

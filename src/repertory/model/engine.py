@@ -48,9 +48,6 @@ class Engine:
 
         Touches no state of the engine, so any thread may call it. Raises InvalidInput if the prompt cannot fit.
         """
-        messages = list(request.messages)
-        if system_prompt and messages[0].role != "system":
-            messages.insert(0, Message(role="system", content=system_prompt))
         room = self.base.max_positions - request.max_tokens
         if room < 1:
             raise InvalidInput(
@@ -59,12 +56,14 @@ class Engine:
                 cure="Ask for fewer max_tokens.",
                 param="max_tokens",
             )
-        prompt_ids, dropped = self.base.renderer.prompt(messages, room)
+        prompt_ids, dropped = self._prompt(request, system_prompt, room)
         sequence = Sequence(
             request=request,
             prompt_ids=prompt_ids,
             adapter=adapter,
-            text=TextStream(self.base.renderer.decode, request.stop),
+            text=TextStream(
+                self.base.renderer.decode, request.stop, prompt_ids[-8:] if request.prompt is not None else ()
+            ),
             stop_ids=self.base.renderer.stop_ids,
             emit=emit,
             dropped_messages=dropped,
@@ -76,9 +75,18 @@ class Engine:
                 f"a sequence of {sequence.most_tokens} tokens does not fit the memory left for the KV cache",
                 code="prompt_too_long",
                 cure="Shorten the message or its history, or ask for fewer max_tokens.",
-                param="message",
+                param="message" if request.prompt is None else "prompt",
             )
         return sequence
+
+    def _prompt(self, request: GenerateRequest, system_prompt: str | None, room: int) -> tuple[list[int], int]:
+        """Its tokens, and how many of the oldest messages were dropped."""
+        if request.prompt is not None:
+            return self.base.renderer.raw_prompt(request.prompt, room), 0
+        messages = list(request.messages)
+        if system_prompt and messages[0].role != "system":
+            messages.insert(0, Message(role="system", content=system_prompt))
+        return self.base.renderer.prompt(messages, room)
 
     def submit(self, sequence: Sequence) -> None:
         self.scheduler.add(sequence)

@@ -1,6 +1,7 @@
 """Tokens to text as they come: only what decodes cleanly, and nothing that may turn out to be a stop string.
 
-White space around a reply is left out, as it is in training: some templates put a space of their own there.
+White space around a reply is left out, as it is in training: some templates put a space of their own there. That of a
+text which is continued is kept: it is the only thing between its last word and the next.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are no whole character 
 class TextStream:
     """The text of one reply, piece by piece."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], continues: Sequence[int] = ()
+    ) -> None:
+        """`continues`: the last tokens of a text that goes on; a SentencePiece token alone shows no space."""
         self._decode = decode
         self._stop = [text for text in stop if text]
-        self._ids: list[int] = []
+        self._ids = list(continues)
         self._context = 0  # tokens before this are not decoded again
-        self._told = 0  # tokens before this have become text
+        self._told = len(continues)  # tokens before this have become text
         self._held = ""  # text that may be the beginning of a stop string
+        self._keeps_space = bool(continues)
         self._has_begun = False
         self._blank = ""  # white space that belongs to the reply if more comes
         self.is_stopped = False
@@ -48,6 +53,8 @@ class TextStream:
         return self._decode(self._ids[self._context :])[len(before) :]
 
     def _trimmed(self, text: str) -> str:
+        if self._keeps_space:
+            return text
         if not self._has_begun:
             text = text.lstrip()
             self._has_begun = bool(text)

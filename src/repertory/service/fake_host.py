@@ -94,7 +94,7 @@ class FakeHost:
         )
 
     def generate(self, request: GenerateRequest) -> Generator[TokenChunk]:
-        message = request.messages[-1].content
+        message = request.messages[-1].content if request.prompt is None else request.prompt
         if "die" in message.split():
             os._exit(1)
         if request.adapter is not None:
@@ -108,8 +108,9 @@ class FakeHost:
             for word in words[: request.max_tokens]:
                 time.sleep(WORD_SECONDS)
                 yield TokenChunk(text=word)
+            prompt = [said.content for said in request.messages] if request.prompt is None else [request.prompt]
             used = Usage(
-                prompt_tokens=sum(len(message.content.split()) for message in request.messages),
+                prompt_tokens=sum(len(said.split()) for said in prompt),
                 completion_tokens=min(len(words), request.max_tokens),
             )
             yield TokenChunk(finish_reason="length" if len(words) >= request.max_tokens else "stop", usage=used)

@@ -66,9 +66,10 @@ class Models:
     def folder(self, org_id: str, training_id: str) -> Path:
         return self._root / org_id / training_id
 
-    def list(self, org_id: str) -> list[Version]:
-        """Newest first, without those whose folder is damaged."""
-        newest_first = _of_organisation(org_id).order_by(model_versions.c.created_at.desc())
+    def list(self, org_id: str | None = None) -> list[Version]:
+        """Of one organisation or of all, newest first, without those whose folder is damaged."""
+        wanted = select(model_versions) if org_id is None else _of_organisation(org_id)
+        newest_first = wanted.order_by(model_versions.c.created_at.desc())
         with self._store.read() as connection:
             versions = [self._version(row) for row in connection.execute(newest_first)]
         return [version for version in versions if self._damage(version) is None]
@@ -102,6 +103,11 @@ class Models:
             return self.find(org_id, LATEST)
         except (NotFound, Unavailable):
             return None
+
+    def promoted_ids(self) -> set[str]:
+        """Of every organisation that speaks with a model: that model's training id."""
+        with self._store.read() as connection:
+            return {row for row in connection.execute(select(organisations.c.promoted)).scalars() if row is not None}
 
     def organisations(self) -> set[str]:
         """Those that have a model."""

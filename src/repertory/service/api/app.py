@@ -13,15 +13,17 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from repertory.data.imports import ImportOptions
-from repertory.service.api import datasets, errors, inference, training
+from repertory.service.api import datasets, errors, inference, openai, training
 from repertory.service.api.datasets import NewDataset
 from repertory.service.api.deps import strict_query
 from repertory.service.api.envelope import Envelope
+from repertory.service.api.openai_schemas import ChatCompletion, TextCompletion
 from repertory.service.api.schemas import EvaluateModel, Generate, StartTraining, WhichModel
 from repertory.service.service import Service
 from repertory.settings import Settings
 
 PREFIX = "/api/v1"
+OPENAI_PREFIX = "/v1"
 BODIES: dict[str, type[BaseModel]] = {
     f"{PREFIX}/training/start": StartTraining,
     f"{PREFIX}/training/estimate": StartTraining,
@@ -30,6 +32,8 @@ BODIES: dict[str, type[BaseModel]] = {
     f"{PREFIX}/generate": Generate,
     f"{PREFIX}/models/load": WhichModel,
     f"{PREFIX}/models/unload": WhichModel,
+    f"{OPENAI_PREFIX}/chat/completions": ChatCompletion,
+    f"{OPENAI_PREFIX}/completions": TextCompletion,
 }
 
 
@@ -55,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     for router in (training.router, datasets.router, inference.router):
         app.include_router(router, prefix=PREFIX, dependencies=[Depends(strict_query)])
+    app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=[Depends(strict_query)])
     errors.install(app)
     app.add_middleware(Envelope, settings=settings)
     _describe_bodies(app)

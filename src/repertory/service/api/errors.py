@@ -120,6 +120,8 @@ def problem(details: ErrorDetails | dict[str, Any], known_fields: Sequence[str] 
             cure = "Use 1 to 64 letters, digits, hyphens and underscores, beginning with a letter or a digit."
         case "literal_error" if name == "role":
             cure = "Call the person whose voice is learned assistant, the others user, and instructions system."
+        case "unsupported":
+            code, cure = "unsupported_parameter", "Leave it out."
         case "too_short" if name == "conversations":
             cure = "Send at least one conversation in which the assistant says something."
         case "int_type" | "int_from_float" | "float_type" | "bool_type":

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from importlib.metadata import version as version_of
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
-from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, TokenChunk
-from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unavailable
+from repertory.contracts import GenerateRequest, TokenChunk
+from repertory.errors import InvalidInput, JobFailed, RepertoryError
 from repertory.service.api.body import body_of, optional_body_of
 from repertory.service.api.deps import ModelIdQuery, OrgIdPath, OrgIdQuery, ServiceDep, organisation
 from repertory.service.api.errors import error_body
+from repertory.service.api.replies import (
+    END,
+    EventStream,
+    Voice,
+    chain,
+    event,
+    ready_host,
+    reply,
+    unavailable,
+    unless_disconnected,
+)
 from repertory.service.api.schemas import (
     Generate,
     Generated,
@@ -42,34 +47,6 @@ from repertory.settings import Settings
 
 router = APIRouter(tags=["inference"])
 
-FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Voice:
-    """Who answers: a version of an organisation's voice, or the bare base."""
-
-    org_id: str
-    key: BaseKey
-    version: Version | None
-
-    @property
-    def adapter(self) -> AdapterRef | None:
-        return None if self.version is None else self.version.adapter
-
-    def info(self, *, is_loaded: bool) -> ModelInfo:
-        if self.version is not None:
-            return model_info(self.version, self.version.summary, is_loaded=is_loaded)
-        return ModelInfo(
-            org_id=self.org_id,
-            model_id=BASE,
-            model_path=self.key.base_model,
-            metadata=self.key.model_dump(exclude_none=True),
-            loaded=is_loaded,
-        )
-
 
 @router.post("/generate", response_model=Generated)
 async def generate(
@@ -80,13 +57,13 @@ async def generate(
 ) -> Generated | Response:
     """A reply in the organisation's voice, whole or (with `stream`) as server-sent events."""
     voice = await run_in_threadpool(_voice, service, org_id, body.model_id)
-    pieces = _reply(service, voice, _for_host(body, voice, service.settings, request.state.request_id))
+    pieces = reply(service, voice, _for_host(body, voice, service.settings, request.state.request_id))
     if body.stream:
         # With the first piece in hand, everything that can be refused has been, with a status of its own.
-        first = await _unless_disconnected(request, anext(pieces))
+        first = await unless_disconnected(request, anext(pieces))
         events = _events(first, pieces, voice, request.state.request_id)
         return EventStream(events, pieces)
-    return await _unless_disconnected(request, _whole(pieces, voice))
+    return await unless_disconnected(request, _whole(pieces, voice))
 
 
 @router.post("/models/load")
@@ -102,7 +79,7 @@ async def load(
     with ready_host(service, voice.key) as host:
         if voice.adapter is not None:
             await host.client.load(voice.adapter)
-    return ModelLoaded(message="The model is in memory.", model_info=voice.info(is_loaded=True))
+    return ModelLoaded(message="The model is in memory.", model_info=_loaded(voice))
 
 
 @router.post("/models/unload")
@@ -187,29 +164,17 @@ def model_info(version: Version, metadata: dict[str, Any], *, is_loaded: bool) -
     )
 
 
-@contextmanager
-def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
-    """Raises Unavailable if it is not ready, whatever the reason: the request was good, and may be sent again."""
-    try:
-        host = service.hosts.acquire(key)
-    except JobFailed as error:
-        raise unavailable(error) from error
-    try:
-        yield host
-    finally:
-        service.hosts.release(host)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, their source is closed at once, which stops the sequence."""
-
-    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[TokenChunk]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._source = source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._source):
-            await super().__call__(scope, receive, send)
+def _loaded(voice: Voice) -> ModelInfo:
+    """Of a voice that has just answered."""
+    if voice.version is not None:
+        return model_info(voice.version, voice.version.summary, is_loaded=True)
+    return ModelInfo(
+        org_id=voice.org_id,
+        model_id=BASE,
+        model_path=voice.key.base_model,
+        metadata=voice.key.model_dump(exclude_none=True),
+        loaded=True,
+    )
 
 
 def _voice(service: Service, org_id: str | None, model_id: str) -> Voice:
@@ -243,13 +208,6 @@ def _for_host(body: Generate, voice: Voice, settings: Settings, request_id: str)
     )
 
 
-async def _reply(service: Service, voice: Voice, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
-    with ready_host(service, voice.key) as host:
-        async with aclosing(host.client.generate(request)) as pieces:
-            async for piece in pieces:
-                yield piece
-
-
 async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
     text = ""
     async with aclosing(pieces):
@@ -260,7 +218,7 @@ async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
                     response=text,
                     finish_reason=piece.finish_reason,
                     usage=piece.usage,
-                    model_info=voice.info(is_loaded=True),
+                    model_info=_loaded(voice),
                 )
     raise AssertionError("a host client ends with a finish_reason or an error")
 
@@ -269,51 +227,21 @@ async def _events(
     first: TokenChunk, rest: AsyncIterator[TokenChunk], voice: Voice, request_id: str
 ) -> AsyncGenerator[str]:
     try:
-        async for piece in _chain(first, rest):
+        async for piece in chain(first, rest):
             if piece.text:
-                yield _event({"text": piece.text})
+                yield event({"text": piece.text})
             if piece.finish_reason is not None and piece.usage is not None:
-                yield _event(
+                yield event(
                     {
                         "done": True,
                         "finish_reason": piece.finish_reason,
                         "usage": piece.usage.model_dump(),
-                        "model_info": voice.info(is_loaded=True).model_dump(mode="json"),
+                        "model_info": _loaded(voice).model_dump(mode="json"),
                     }
                 )
-        yield "data: [DONE]\n\n"
+        yield END
     except RepertoryError as error:
-        yield _event(error_body(error.info, request_id))
-
-
-async def _chain(first: TokenChunk, rest: AsyncIterator[TokenChunk]) -> AsyncGenerator[TokenChunk]:
-    yield first
-    async for piece in rest:
-        yield piece
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work while the caller is there; when the connection closes, stop it."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        yield event(error_body(error.info, request_id))
 
 
 def _one_of(name: str, in_query: str | None, in_body: str | None) -> str | None:
@@ -322,10 +250,6 @@ def _one_of(name: str, in_query: str | None, in_body: str | None) -> str | None:
             f"{name} differs between the query and the body.", cure="Send it in one of the two places.", param=name
         )
     return in_query if in_query is not None else in_body
-
-
-def unavailable(error: JobFailed) -> Unavailable:
-    return Unavailable(error.message, code=error.code, cure=error.cure, retry_after_seconds=FAILED_HOST_RETRY_SECONDS)
 
 
 def _summary(host: Host) -> HostSummary:

@@ -145,6 +145,11 @@ def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
+StopStrings = Annotated[
+    list[Annotated[CleanText, Field(min_length=1, max_length=256)]], Field(max_length=16), BeforeValidator(_as_list)
+]
+
+
 class Generate(Request):
     system_prompt: CleanText | None = (
         None  # blank is the same as not sent: then the one recorded with the model is used
@@ -155,9 +160,7 @@ class Generate(Request):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)  # 0: no limit
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    stop: Annotated[list[Annotated[CleanText, Field(min_length=1, max_length=256)]], BeforeValidator(_as_list)] = Field(
-        [], max_length=16
-    )
+    stop: StopStrings = []
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool = False
     model_id: str = "latest"

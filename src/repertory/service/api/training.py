@@ -15,7 +15,7 @@ from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateReq
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
-from repertory.service.api.inference import ready_host, unavailable
+from repertory.service.api.replies import ready_host, unavailable
 from repertory.service.api.schemas import (
     EvaluateModel,
     JobError,

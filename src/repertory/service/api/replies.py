@@ -1,0 +1,110 @@
+"""A reply from the host that has the voice: piece by piece, while somebody listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, TokenChunk
+from repertory.errors import JobFailed, Unavailable
+from repertory.service.hosts import Host
+from repertory.service.models import Version
+from repertory.service.service import Service
+
+FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
+END = "data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """Who answers: a version of an organisation's voice, or the bare base."""
+
+    org_id: str
+    key: BaseKey
+    version: Version | None
+
+    @property
+    def adapter(self) -> AdapterRef | None:
+        return None if self.version is None else self.version.adapter
+
+    @property
+    def answered_by(self) -> str:
+        """The version, or the base model with its revision: what a reply can be traced to."""
+        return self.key.name if self.version is None else self.version.training_id
+
+
+@contextmanager
+def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
+    """Raises Unavailable if it is not ready, whatever the reason: the request was good, and may be sent again."""
+    try:
+        host = service.hosts.acquire(key)
+    except JobFailed as error:
+        raise unavailable(error) from error
+    try:
+        yield host
+    finally:
+        service.hosts.release(host)
+
+
+async def reply(service: Service, voice: Voice, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
+    with ready_host(service, voice.key) as host:
+        async with aclosing(host.client.generate(request)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, their source is closed at once, which stops the sequence."""
+
+    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[Any]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._source):
+            await super().__call__(scope, receive, send)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work while the caller is there; when the connection closes, stop it."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def chain(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def unavailable(error: JobFailed) -> Unavailable:
+    return Unavailable(error.message, code=error.code, cure=error.cure, retry_after_seconds=FAILED_HOST_RETRY_SECONDS)
