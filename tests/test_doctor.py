@@ -266,6 +266,21 @@ def test_an_address_that_is_not_of_this_machine_is_a_red_line(host: str) -> None
     assert (found.state, found.cure is not None and "HOST" in found.cure) == ("red", True)
 
 
+def test_folders_that_cannot_be_looked_into_are_red_lines(tmp_path: Path) -> None:
+    """Not even root may look up a name of 300 letters; others may not look into folders of root's."""
+    folder = tmp_path / ("x" * 300) / "cache"
+    settings = Settings(
+        model_cache_dir=folder,
+        database_url=f"sqlite:///{folder}/repertory.db",
+        default_base_model="owner/away",
+        hf_hub_offline=True,
+    )
+    assert doctor.hub(settings).state == "red"
+    assert doctor.bundled_model(settings).state in ("green", "yellow")
+    assert doctor.database(settings.database_url).state == "green"
+    assert next(iter(doctor.disk(settings))).about == "disk"
+
+
 def test_the_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     def found(url: str) -> Finding:
         return doctor.port(Settings(port=int(url.rpartition(":")[2])))

@@ -371,8 +371,16 @@ def disk(settings: Settings) -> Iterator[Finding]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the lowest of those above it that is there: the service makes the rest."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    """The folder, or the lowest of those above it that is there to be seen: the service makes the rest."""
+    return next(path for path in (folder, *folder.parents) if _is_there(path))
+
+
+def _is_there(path: Path) -> bool:
+    """As far as this user may look; where they may not, `exists` raises."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _write_refusal(folder: Path) -> str | None:
@@ -402,7 +410,7 @@ def database(database_url: str, mounts: Path = Path("/proc/mounts")) -> Finding:
     if (kind := _network_file_system(_nearest(path), mounts)) is not None:
         cure = "Set DATABASE_URL to a file on a local disk; locks and the log of SQLite do not hold on a network one."
         return Finding("database", "yellow", f"{path} lies on a network file system ({kind})", cure)
-    if not path.exists():
+    if not _is_there(path):
         return Finding("database", "green", f"{path} will be made at the first start")
     try:
         return _present_database(path)
@@ -462,7 +470,7 @@ def _network_file_system(path: Path, mounts: Path) -> str | None:
 
 def bundled_model(settings: Settings) -> Finding:
     folder = settings.model_cache_dir / BUNDLED_MODEL
-    if (folder / "config.json").is_file():
+    if _is_there(folder / "config.json"):
         try:
             for path in weights.files(folder, BUNDLED_MODEL):
                 with safe_open(path, "np"):  # reads the head, which says how long the file is; "pt" would import torch
@@ -483,7 +491,10 @@ def bundled_model(settings: Settings) -> Finding:
 
 def hub(settings: Settings) -> Finding:
     name = settings.default_base_model
-    is_here = name == BUNDLED_MODEL or Catalogue(settings.model_cache_dir).folder(name) is not None
+    try:
+        is_here = name == BUNDLED_MODEL or Catalogue(settings.model_cache_dir).folder(name) is not None
+    except OSError:  # of the cache, which has its red line already
+        is_here = False
     needed: State = "yellow" if is_here else "red"
     if settings.hf_hub_offline:
         return Finding("hub", needed, "switched off by HF_HUB_OFFLINE", "Unset it to download base models.")

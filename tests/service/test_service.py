@@ -594,6 +594,15 @@ def test_a_dotenv_that_is_no_text_is_refused_at_start_and_by_commands(tmp_path: 
     )
 
 
+def test_a_folder_that_cannot_be_made_is_one_line_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file where the folder should be")
+    code, said = refused_start(tmp_path, PORT="0")
+    assert code == 1
+    assert "Traceback" not in said
+    assert "models" in said.splitlines()[-1]
+    assert "permissions" in said.splitlines()[-1]
+
+
 @pytest.mark.parametrize("host", ["a..b", "203.0.113.7"])
 def test_an_address_that_is_not_of_this_machine_is_one_line_with_its_cure(tmp_path: Path, host: str) -> None:
     code, said = refused_start(tmp_path, PORT="0", HOST=host)

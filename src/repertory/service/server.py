@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from repertory import logs
-from repertory.errors import RepertoryError
+from repertory.errors import RepertoryError, StorageFailed
 from repertory.service.api.app import create_app
 from repertory.settings import Settings, settings
 
@@ -47,6 +47,9 @@ def serve() -> int:
             app = create_app(present)
         except RepertoryError as error:
             return _say_no(f"{error.message} {error.cure}")
+        except OSError as error:
+            refused = StorageFailed.of(error)
+            return _say_no(f"{refused.message}. {refused.cure}")
         log.info("listening", url=f"http://{present.host}:{listener.getsockname()[1]}")
         server = uvicorn.Server(
             uvicorn.Config(
