@@ -119,8 +119,7 @@ def test_a_run_that_nobody_follows_any_more_stops(host: RunningHost, make_spec: 
 
 def test_a_reader_who_goes_away_frees_the_row(host: RunningHost) -> None:
     endless = request(None, max_tokens=900, temperature=1.0, seed=1)
-    with host.client.stream("POST", "/generate", json=endless) as answer:
-        next(answer.iter_lines())
+    with host.client.stream("POST", "/generate", json=endless):
         eventually(lambda: host.health()["running"] == 1)  # the replies of the run before this may still be given up
     eventually(lambda: host.health()["running"] == 0)
 
