@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from fake_hub import running_hub
@@ -140,6 +141,88 @@ def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> 
     for thread in threads:
         thread.join()
     assert together == {org_id: {text} for org_id, text in alone.items()}
+
+
+def openai_client(service: RunningService) -> openai.OpenAI:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="x", max_retries=0, http_client=http)
+
+
+def test_openais_client_hears_each_voice_each_version_and_the_base_as_they_are(service: RunningService) -> None:
+    older = service.trained("oa-a", conversations=chats(12), num_epochs=2, hyperparameters=QUICK)
+    newer = service.trained("oa-a", conversations=chats(12, 100), num_epochs=2, hyperparameters=QUICK)
+    other = service.trained("oa-b", conversations=chats(12, 200), num_epochs=2, hyperparameters=QUICK)
+    warm: Any = {"temperature": 1, "seed": 1}
+    expected = {
+        f"oa-a@{older}": (older, say(service, "oa-a", model_id=older, **warm)["response"]),
+        "oa-a": (newer, say(service, "oa-a", **warm)["response"]),
+        "oa-b": (other, say(service, "oa-b", **warm)["response"]),
+        "tiny/llama-gqa": ("tiny/llama-gqa", say(service, "oa-b", model_id="base", **warm)["response"]),
+    }
+    assert len({text for _, text in expected.values()}) == 4
+    heard = {}
+    with openai_client(service) as client:
+        for model in expected:
+            reply = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "Hello!"}], max_completion_tokens=16, **warm
+            )
+            heard[model] = (reply.system_fingerprint, reply.choices[0].message.content)
+        assert heard == expected
+        with pytest.raises(openai.NotFoundError):  # another organisation's version
+            client.chat.completions.create(model=f"oa-b@{older}", messages=[{"role": "user", "content": "Hello!"}])
+
+
+def test_openais_client_gets_what_its_parameters_say(service: RunningService) -> None:
+    exact = QUICK | {
+        "dtype": "fp32"
+    }  # in bf16 a reply's rounding, and so its text, depends on who else is in the batch
+    service.trained("oa-seeds", conversations=chats(12), num_epochs=1, hyperparameters=exact)
+    asked: Any = {"model": "oa-seeds", "messages": [{"role": "user", "content": "Hello!"}], "temperature": 1.5}
+    with openai_client(service) as client:
+
+        def texts(**more: Any) -> list[str]:
+            choices = client.chat.completions.create(**asked | {"max_tokens": 24} | more).choices
+            return [choice.message.content or "" for choice in choices]
+
+        three = texts(n=3, seed=7)
+        assert three == texts(n=3, seed=7)
+        assert len(set(three)) == 3
+        assert texts(seed=8) == three[1:2]
+        longest = max(three, key=len)
+        stop = longest[len(longest) // 2 :][:1]
+        told = texts(seed=7 + three.index(longest), stop=[stop, "never said"])
+        assert told == [longest[: longest.index(stop)].rstrip()]
+        with pytest.raises(openai.BadRequestError) as refused:
+            texts(messages=[{"role": "user", "content": "word " * 2000}])
+        assert (refused.value.code, refused.value.param) == ("prompt_too_long", "messages")
+        raw = client.completions.create(model="oa-seeds", prompt="Hello! Hey, how", max_tokens=8, temperature=0)
+        again = client.completions.create(
+            model="oa-seeds", prompt=["ok", "Hello! Hey, how"], max_tokens=8, temperature=0
+        )
+        assert again.choices[1].text == raw.choices[0].text
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="oa-seeds", prompt="word " * 2000)
+        assert (refused.value.code, refused.value.param) == ("prompt_too_long", "prompt")
+
+
+def test_emoji_and_cjk_stream_in_whole_characters(service: RunningService) -> None:
+    said = "👩‍👩‍👧 日本語です 🏴‍☠️"
+    spoken = [
+        {"messages": [{"role": "user", "content": hi}, {"role": "assistant", "content": said}]} for hi in ("Hi", "ok")
+    ]
+    service.trained("oa-signs", conversations=spoken * 4, num_epochs=40, hyperparameters=QUICK)
+    with openai_client(service) as client:
+        chunks = client.chat.completions.create(
+            model="oa-signs",
+            messages=[{"role": "user", "content": "Hi"}],
+            temperature=0,
+            max_tokens=100,
+            stream=True,
+        )
+        pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    assert "".join(pieces) == said
+    assert len(pieces) > 5
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_second_base_model_gets_a_host_of_its_own(service: RunningService) -> None:
