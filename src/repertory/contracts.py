@@ -8,6 +8,7 @@ A host speaks HTTP over a Unix socket:
     DELETE /runs/{id}         -> {} once the run has really stopped and its memory is free; 404 if there is none
     POST   /evaluate          EvaluateRequest -> Evaluation
     POST   /estimate          EstimateRequest -> Estimate; also for a base model that this host does not hold
+    POST   /preview           PreviewRequest -> Preview; likewise
     POST   /adapters/load     AdapterRef -> {}
     POST   /adapters/unload   AdapterRef -> {}
 
@@ -291,7 +292,8 @@ class EvaluateRequest(Contract):
 
 class EstimateRequest(Contract):
     key: BaseKey  # on which the job would run
-    conversations: list[Conversation]
+    conversations: list[Conversation] | None = None
+    conversations_path: str | None = None  # in their place
     hyperparameters: Hyperparameters
     validation_split: float = Field(ge=0, lt=1)
     system_prompt: str | None = None
@@ -313,6 +315,34 @@ class Estimate(Contract):
     fits: bool
     advice: list[str] = []
     hyperparameters: dict[str, Any]  # resolved
+
+
+class PreviewRequest(Contract):
+    key: BaseKey
+    conversations: list[Conversation]
+    hyperparameters: Hyperparameters  # max_seq_length counts
+    system_prompt: str | None = None
+
+
+class PreviewSpan(Contract):
+    text: str  # special tokens included
+    trained: bool
+
+
+class PreviewRow(Contract):
+    """A conversation exactly as the model will see it."""
+
+    messages: list[Message]  # with the system prompt
+    spans: list[PreviewSpan]  # none: the row is left out, too long even for its last exchange
+    tokens: int
+    trained_tokens: int
+    dropped_messages: int  # its oldest, to fit
+
+
+class Preview(Contract):
+    base_model: str
+    max_seq_length: int
+    rows: list[PreviewRow]
 
 
 class TestResponse(Contract):

@@ -6,14 +6,17 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+import exports
 from fake_hub import running_hub
 from repertory import architectures
+from repertory.data.history import Entry
 from repertory_fixtures import conversation
 from running_service import RunningService, eventually
 
@@ -123,6 +126,38 @@ def test_a_base_model_that_is_not_in_memory_is_estimated_without_loading_it(serv
     too_long = service.client.post("/training/estimate", json=body | {"conversations": [{"messages": endless}]})
     assert too_long.status_code == 422
     assert too_long.json()["error"]["code"] == "data_unusable"
+
+
+def test_from_a_chat_export_to_a_voice(service: RunningService, tmp_path: Path) -> None:
+    said: list[Entry] = []
+    for number, chat in enumerate(chats(24)):
+        for at, message in enumerate(chat["messages"]):
+            author, time = ("ana" if message["role"] == "assistant" else "bob"), 1.7e9 + 7200 * number + 60 * at
+            entry = Entry(channel="7", id=f"{len(said) + 1}", author_id=author, author=author, text=message["content"])
+            said.append(replace(entry, time=time, channel=f"{number % 2}"))
+    archive = shutil.make_archive(str(tmp_path / "export"), "zip", exports.discord(said, tmp_path))
+    form = {"org_id": "exporter", "persona": "ana"}
+    with Path(archive).open("rb") as file:
+        sent = service.client.post("/datasets", data=form, files={"file": ("export.zip", file)})
+    at = f"/datasets/{sent.json()['dataset_id']}"
+    dataset = eventually(lambda: (now := service.client.get(at).json())["status"] in ("ready", "failed") and now)
+    assert dataset["status"] == "ready", dataset
+    assert dataset["summary"]["format"] == "discord"
+    rows = service.client.get(f"{at}/preview?count=100").json()["rows"]
+    assert len(rows) == dataset["summary"]["conversations"]
+    for row in rows:
+        learned = [span["text"] for span in row["spans"] if span["trained"]]
+        assistant = [m["content"] for m in row["messages"] if m["role"] == "assistant" and m["weight"] == 1]
+        assert learned == [f"{content}<|im_end|>" for content in assistant]
+        assert row["trained_tokens"] < row["tokens"]
+    body = {"org_id": "exporter", "dataset_id": dataset["dataset_id"], "num_epochs": 3, "hyperparameters": QUICK}
+    told = service.client.post("/training/estimate", json=body).json()
+    job = service.until(service.client.post("/training/start", json=body).json()["training_id"], "completed", "failed")
+    assert job["status"] == "completed", job
+    assert job["metadata"]["trained_tokens"] == told["trained_tokens"]
+    assert sum(row["trained_tokens"] for row in rows) > told["trained_tokens"]  # some of them are held out
+    assert job["metadata"]["report"]["perplexity"] < job["metadata"]["report"]["base_perplexity"]
+    assert say(service, "exporter")["model_info"]["model_path"].endswith(job["training_id"])
 
 
 def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> None:

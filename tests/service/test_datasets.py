@@ -17,7 +17,7 @@ import pytest
 import exports
 from repertory.data.history import Entry
 from repertory.service.api.upload import file_name
-from running_service import RunningService, eventually
+from running_service import CONVERSATION, RunningService, eventually
 
 Start = Callable[..., RunningService]
 WORKER = "repertory.data.preparation.worker"
@@ -207,6 +207,66 @@ def test_a_truncated_file_gives_what_is_whole(service: RunningService, export: P
     assert dataset["report"]["findings"]["counts"]["file_broken"] == 1
 
 
+def test_a_job_trains_on_a_dataset_and_outlives_it(service: RunningService, export: Path) -> None:
+    dataset_id = imported(service, export, "trainer", persona="ana")["dataset_id"]
+    body = {"org_id": "trainer", "dataset_id": dataset_id}
+    told = service.client.post("/training/estimate", json=body).json()
+    assert (told["conversations"], told["trained_tokens"]) == (40, 160)
+    replayed = {"idempotency-key": "k"}
+    started = service.client.post("/training/start", json=body, headers=replayed).json()["training_id"]
+    assert service.client.get(f"/datasets/{dataset_id}").json()["trained"] == [started]
+    assert service.client.delete(f"/datasets/{dataset_id}").status_code == 200
+    metadata = service.until(started, "completed")["metadata"]
+    assert (metadata["dataset_id"], metadata["conversations"], metadata["recorded_authors"]) == (dataset_id, 40, 2)
+    assert metadata["train_conversations"] == 40  # that many lines the run has read
+    again = service.client.post("/training/start", json=body, headers=replayed)
+    assert again.json()["training_id"] == started
+    folder = service.folder / "models/datasets/trainer" / started
+    assert len((folder / "consent.jsonl").read_text().splitlines()) == 40
+
+
+def test_what_a_job_cannot_be_trained_on(service: RunningService, export: Path) -> None:
+    unnamed = imported(service, export, "refuser")["dataset_id"]
+
+    def refused(**body: Any) -> tuple[int, str, str]:
+        start, estimate = (
+            service.client.post(f"/training/{call}", json={"org_id": "refuser"} | body)
+            for call in ("start", "estimate")
+        )
+        assert start.json()["error"] | {"request_id": ""} == estimate.json()["error"] | {"request_id": ""}
+        error = start.json()["error"]
+        return start.status_code, error["code"], error["param"]
+
+    assert refused(dataset_id=unnamed) == (409, "dataset_not_ready", "dataset_id")
+    assert refused(dataset_id=unnamed, conversations=[CONVERSATION]) == (422, "invalid_input", "dataset_id")
+    assert refused() == (422, "missing_field", "conversations")
+    assert refused(dataset_id=unnamed, org_id="stranger") == (404, "dataset_not_found", "dataset_id")
+    ready = imported(service, export, "refuser", persona="ana")["dataset_id"]
+    conversations = service.folder / "models/datasets/refuser" / ready / "prepared/conversations.jsonl"
+    conversations.write_text(conversations.read_text()[:-10])
+    answer = service.client.post("/training/start", json={"org_id": "refuser", "dataset_id": ready})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "dataset_damaged")
+    assert {path.name for path in stored(service, "refuser")} == {unnamed, ready}
+
+
+def test_a_preview_shows_rows_with_what_is_learned_marked(service: RunningService, export: Path) -> None:
+    dataset_id = imported(service, export, "viewer", persona="ana")["dataset_id"]
+    shown = service.client.get(f"/datasets/{dataset_id}/preview?count=4").json()
+    assert len(shown["rows"]) == 4
+    assert [message["content"] for message in shown["rows"][1]["messages"]] == [
+        "You are ana, chatting.",
+        "question 10?",
+        "answer 10 to <EMAIL_1>",
+    ]
+    assert [span["trained"] for span in shown["rows"][1]["spans"]] == [False, False, True]
+    assert service.client.get(f"/datasets/{dataset_id}/preview?count=100").json()["rows"][39]["tokens"] > 0
+    missing = service.client.get(f"/datasets/{dataset_id}/preview?base_model=../x")
+    assert missing.status_code == 422
+    unnamed = imported(service, export, "viewer")["dataset_id"]
+    assert service.client.get(f"/datasets/{unnamed}/preview").json()["error"]["code"] == "dataset_not_ready"
+    assert service.client.get(f"/datasets/{dataset_id}/preview?org_id=stranger").status_code == 404
+
+
 def test_nobody_sees_another_s_dataset(service: RunningService, export: Path) -> None:
     dataset_id = imported(service, export, "owner", persona="ana")["dataset_id"]
 
@@ -215,6 +275,7 @@ def test_nobody_sees_another_s_dataset(service: RunningService, export: Path) ->
         answers = [
             service.client.get(at, params=other),
             service.client.get(f"{at}/authors", params=other),
+            service.client.get(f"{at}/preview", params=other),
             service.client.post(f"{at}/prepare", params=other, json={"persona": ["bob"]}),
             service.client.delete(at, params=other),
         ]

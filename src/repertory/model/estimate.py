@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 
 from repertory.contracts import Estimate, EstimateRequest
-from repertory.data.prepare import split
+from repertory.data.prepare import read_conversations, split
 from repertory.data.render import Renderer
 from repertory.model import hyperparameters
 from repertory.model.base import Outline
@@ -26,6 +27,9 @@ def estimate(
     there) memory and steps are told for rows of max_seq_length. Raises DataUnusable and InvalidInput as a run would.
     """
     conversations = request.conversations
+    if conversations is None:
+        assert request.conversations_path is not None
+        conversations = read_conversations(Path(request.conversations_path))
     asked = request.hyperparameters
     longest = hyperparameters.max_seq_length(asked, base)
     if renderer is None:

@@ -36,6 +36,7 @@ from repertory.contracts import (
     EvaluateRequest,
     GenerateRequest,
     HostHealth,
+    PreviewRequest,
     RunEvent,
     RunSpec,
     TokenChunk,
@@ -232,6 +233,13 @@ def make_app(host: Host) -> Starlette:
         answer = await asyncio.wrap_future(loop.estimate(outline, renderer, asked))
         return _json(answer)
 
+    async def preview(request: Request) -> Response:
+        from repertory.model.preview import preview
+
+        asked = await _body(request, PreviewRequest)
+        outline, renderer = await asyncio.to_thread(host.outline, asked.key)
+        return _json(await asyncio.to_thread(preview, outline, renderer, asked))
+
     async def load_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
         await asyncio.to_thread(host.loop.voices.get, ref)
@@ -254,6 +262,7 @@ def make_app(host: Host) -> Starlette:
             Route("/runs/{training_id}", stop_run, methods=["DELETE"]),
             Route("/evaluate", evaluate, methods=["POST"]),
             Route("/estimate", estimate, methods=["POST"]),
+            Route("/preview", preview, methods=["POST"]),
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),
         ],

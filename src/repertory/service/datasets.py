@@ -50,8 +50,8 @@ class Datasets:
             for file in source.iterdir():
                 _link(file, pending / file.name)
             damage = verify(pending)
-        except FileNotFoundError as gone:
-            damage = str(gone)
+        except FileNotFoundError:
+            damage = "it is being prepared again, or was deleted, in this moment"
         if damage is not None:
             shutil.rmtree(pending)
             raise Conflict(

@@ -43,12 +43,17 @@ from repertory.contracts import (
     Evaluation,
     GenerateRequest,
     HostHealth,
+    Preview,
+    PreviewRequest,
+    PreviewRow,
+    PreviewSpan,
     RunEvent,
     RunSpec,
     TestResponse,
     TokenChunk,
     Usage,
 )
+from repertory.data.prepare import read_conversations, with_system
 from repertory.errors import BaseModelUnavailable, ErrorInfo, InsufficientMemory, JobFailed, RepertoryError
 from repertory.lifeline import end_with_service
 from repertory.settings import settings
@@ -163,7 +168,10 @@ class FakeHost:
         """A token for each word, and a gibibyte of memory; a model that is too large takes seven."""
         if request.key.base_model.endswith("unavailable"):
             raise BaseModelUnavailable(f"{request.key.base_model} is not in the cache, and no hub is.")
-        spoken = [message for one in request.conversations for message in one.messages]
+        conversations = request.conversations
+        if conversations is None:
+            conversations = read_conversations(Path(request.conversations_path or ""))
+        spoken = [message for one in conversations for message in one.messages]
         peak = 7 << 30 if request.key.base_model.endswith("too-large") else DEVICE.memory_bytes // 2
         fits = peak <= DEVICE.memory_bytes
         return Estimate(
@@ -171,7 +179,7 @@ class FakeHost:
             trained_tokens=sum(len(message.content.split()) for message in spoken if message.role == "assistant"),
             truncated_rows=0,
             skipped_rows=0,
-            conversations=len(request.conversations),
+            conversations=len(conversations),
             steps=STEPS,
             epochs=request.hyperparameters.num_train_epochs or 3,
             seconds=STEPS * STEP_SECONDS,
@@ -181,6 +189,18 @@ class FakeHost:
             advice=[] if fits else ["Choose a smaller base model."],
             hyperparameters=request.hyperparameters.model_dump(exclude_none=True),
         )
+
+    def preview(self, request: PreviewRequest) -> Preview:
+        """A line for each message; the assistant's are learned."""
+        rows = []
+        for conversation in request.conversations:
+            messages = with_system(conversation, request.system_prompt)
+            spans = [PreviewSpan(text=f"{one.role}: {one.content}\n", trained=one.is_trained) for one in messages]
+            words = sum(len(span.text.split()) for span in spans)
+            learned = sum(len(span.text.split()) for span in spans if span.trained)
+            row = PreviewRow(messages=messages, spans=spans, tokens=words, trained_tokens=learned, dropped_messages=0)
+            rows.append(row)
+        return Preview(base_model=request.key.name, max_seq_length=2048, rows=rows)
 
     def _story(self, spec: RunSpec, stop: threading.Event) -> Generator[RunEvent]:
         yield RunEvent(kind="preparing", progress=0.0)
@@ -294,6 +314,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(host.evaluate(EvaluateRequest.model_validate_json(body)))
             case "/estimate":
                 self._estimated(EstimateRequest.model_validate_json(body))
+            case "/preview":
+                self._answer(host.preview(PreviewRequest.model_validate_json(body)))
             case "/adapters/load":
                 adapter = AdapterRef.model_validate_json(body)
                 host.adapters[adapter.training_id] = adapter

@@ -20,6 +20,8 @@ from repertory.contracts import (
     Evaluation,
     GenerateRequest,
     HostHealth,
+    Preview,
+    PreviewRequest,
     RunEvent,
     RunSpec,
     TokenChunk,
@@ -107,6 +109,9 @@ class HostClient:
 
     async def estimate(self, request: EstimateRequest) -> Estimate:
         return Estimate.model_validate_json(await self._post("/estimate", request, timeout_seconds=None))
+
+    async def preview(self, request: PreviewRequest) -> Preview:
+        return Preview.model_validate_json(await self._post("/preview", request, timeout_seconds=None))
 
     async def load(self, adapter: AdapterRef) -> None:
         await self._post("/adapters/load", adapter, timeout_seconds=TOKEN_SECONDS)

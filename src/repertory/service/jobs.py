@@ -107,8 +107,9 @@ class Submission:
     org_id: str
     base_model: str
     config: JobConfig
-    conversations: Sequence[Conversation]
+    conversations: Sequence[Conversation] | None
     metadata: dict[str, Any]  # what the status shows from the start
+    dataset_id: str | None = None  # whose conversations the job gets, in place of `conversations`
     request_hash: str  # sha256 of the request, to tell a repetition from another request under the same key
     idempotency_key: str | None = None
 
@@ -126,11 +127,16 @@ class Jobs:
 
     def submit(self, submission: Submission) -> Accepted:
         """Once this returns, the job survives whatever happens to the process or the machine's power."""
-        earlier = self._earlier(submission)
+        about = (submission.org_id, submission.idempotency_key, submission.request_hash)
+        earlier = self.earlier(*about)
         if earlier is not None:
-            return Accepted(job=earlier, is_replay=True)
+            return earlier
         job_id = f"{KIND}{secrets.token_hex(8)}"
-        self._datasets.write_pending(submission.org_id, job_id, submission.conversations)
+        if submission.conversations is not None:
+            self._datasets.write_pending(submission.org_id, job_id, submission.conversations)
+        else:
+            assert submission.dataset_id is not None
+            self._datasets.link_pending(submission.org_id, job_id, submission.dataset_id)
         try:
             with self._store.write() as connection:
                 ensure_organisation(connection, submission.org_id)
@@ -138,10 +144,10 @@ class Jobs:
                 enter(connection, job_id, Status.QUEUED)
         except IntegrityError:
             self._datasets.discard_pending(submission.org_id, job_id)
-            earlier = self._earlier(submission)  # the same request came twice at once, and the other one was faster
+            earlier = self.earlier(*about)  # the same request came twice at once, and the other one was faster
             if earlier is None:
                 raise
-            return Accepted(job=earlier, is_replay=True)
+            return earlier
         self._datasets.conversations_path(submission.org_id, job_id)
         return Accepted(job=self.get(job_id), is_replay=False)
 
@@ -265,26 +271,27 @@ class Jobs:
         self._datasets.sweep(KIND, self.exists)
         return [orphan.id for orphan in orphans]
 
-    def _earlier(self, submission: Submission) -> Job | None:
-        """The job that an earlier request with the same idempotency key has made."""
-        if submission.idempotency_key is None:
+    def earlier(self, org_id: str, idempotency_key: str | None, request_hash: str) -> Accepted | None:
+        """The job that an earlier request with the same idempotency key has made.
+
+        Raises InvalidInput if that was another request.
+        """
+        if idempotency_key is None:
             return None
         with self._store.read() as connection:
             row = connection.execute(
-                select(jobs).where(
-                    jobs.c.org_id == submission.org_id, jobs.c.idempotency_key == submission.idempotency_key
-                )
+                select(jobs).where(jobs.c.org_id == org_id, jobs.c.idempotency_key == idempotency_key)
             ).one_or_none()
         if row is None:
             return None
-        if row.request_hash != submission.request_hash:
+        if row.request_hash != request_hash:
             raise InvalidInput(
                 "This Idempotency-Key was used with another request before.",
                 code="idempotency_key_reused",
                 cure="Use a new key for a new request, and the old one only to repeat the old request unchanged.",
                 param="Idempotency-Key",
             )
-        return Job.from_row(row)
+        return Accepted(job=Job.from_row(row), is_replay=True)
 
 
 def enter(

@@ -57,8 +57,11 @@ def spans(
 ) -> list[tuple[str, bool]]:
     """(text, whether it is learned) of the row as it is trained on, special tokens included; [] if it is left out."""
     row = _row(conversation, system_prompt, renderer, max_tokens)
-    if row is None:
-        return []
+    return [] if row is None else marked(row, renderer)
+
+
+def marked(row: Row, renderer: Renderer) -> list[tuple[str, bool]]:
+    """(text, whether it is learned) of a row, special tokens included."""
     tokens = zip(row.input_ids, row.labels, strict=True)
     return [
         (renderer.tokenizer.decode([token for token, _ in run], skip_special_tokens=False), is_learned)

@@ -29,7 +29,7 @@ from repertory.data.imports import ImportEvent, ImportOrder, ImportSummary
 from repertory.data.preparation.pipeline import Prepared, prepare
 from repertory.data.preparation.report import authors_of, findings_of, full_report
 from repertory.data.readers import DIALOGUES, open_history
-from repertory.errors import InvalidInput
+from repertory.errors import InvalidInput, StorageFailed
 from repertory.lifeline import end_with_service
 from repertory.logs import configure, without_text
 
@@ -126,6 +126,9 @@ def main() -> int:
     configure("INFO")
     try:
         _tell(run(Path(sys.argv[1]), order, _tell))
+    except OSError as error:
+        log.error("the disk refused an import", **without_text(error))
+        _tell(ImportEvent(status="failed", error=StorageFailed.of(error).info))
     except Exception as error:  # not with its message, which may quote what somebody wrote
         log.error("an import failed", **without_text(error))
         return 1

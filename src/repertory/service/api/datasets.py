@@ -8,11 +8,13 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import OrgId
+from repertory.contracts import OrgId, Preview, PreviewRequest
 from repertory.data.imports import ImportOptions
+from repertory.errors import JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
+from repertory.service.api.inference import unavailable
 from repertory.service.api.schemas import (
     DatasetAccepted,
     DatasetAuthors,
@@ -22,6 +24,7 @@ from repertory.service.api.schemas import (
     JobError,
 )
 from repertory.service.api.upload import receive
+from repertory.service.base_model import allowed_base_model
 from repertory.service.imports import Dataset, new_id
 from repertory.service.service import Service
 
@@ -86,6 +89,38 @@ def authors(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> 
     """Who speaks in it, most first: to choose the persona from. Known as soon as the export has been read."""
     found = service.imports.authors(service.imports.get(dataset_id, org_id))
     return DatasetAuthors(dataset_id=dataset_id, **found)
+
+
+@router.get("/{dataset_id}/preview")
+async def preview(
+    service: ServiceDep,
+    dataset_id: str,
+    org_id: OrgIdQuery = None,
+    count: Annotated[int, Query(ge=1, le=100)] = 5,
+    base_model: Annotated[str | None, Query()] = None,
+) -> Preview:
+    """Some conversations, evenly spread, exactly as the model will see them, with what is learned marked."""
+    settings = service.settings
+    wanted = settings.default_base_model if base_model is None else allowed_base_model(base_model, settings)
+    dataset, summary = await run_in_threadpool(service.imports.ready, dataset_id, org_id)
+    conversations = await run_in_threadpool(service.imports.conversations, dataset, count)
+    try:
+        key = service.hosts.key(wanted, settings.hyperparameters)
+        host = service.hosts.acquire_any(key)
+    except JobFailed as error:
+        raise unavailable(error) from error
+    request = PreviewRequest(
+        key=key,
+        conversations=conversations,
+        hyperparameters=settings.hyperparameters,
+        system_prompt=summary.system_prompt,
+    )
+    try:
+        return await host.client.preview(request)
+    except JobFailed as error:
+        raise unavailable(error) from error
+    finally:
+        service.hosts.release(host)
 
 
 @router.post("/{dataset_id}/prepare", status_code=202)

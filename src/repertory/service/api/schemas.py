@@ -24,7 +24,8 @@ class HistoryMessage(Request):
 class StartTraining(Request):
     org_id: OrgId
     base_model: str | None = None
-    conversations: list[Conversation] = Field(min_length=1)
+    conversations: list[Conversation] | None = Field(None, min_length=1)
+    dataset_id: str | None = None  # in their place: a dataset that is ready
     validation_split: float | None = Field(None, ge=0, lt=1)
     num_epochs: int | None = Field(None, ge=1, le=100)  # short for hyperparameters.num_train_epochs
     hyperparameters: Hyperparameters = Hyperparameters()

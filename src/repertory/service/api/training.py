@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
 from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateRequest
+from repertory.data.imports import ImportSummary
 from repertory.errors import DataUnusable, InvalidInput, JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
@@ -51,7 +52,9 @@ def start(
             cure="Use a UUID.",
             param="Idempotency-Key",
         )
-    accepted = service.jobs.submit(_submission(body, service, idempotency_key))
+    # Before anything else: what was asked for then (a dataset, a version) may be gone by now.
+    earlier = service.jobs.earlier(body.org_id, idempotency_key, _hash(body))
+    accepted = earlier or service.jobs.submit(_submission(body, service, idempotency_key))
     service.dispatcher.wake()
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -70,9 +73,11 @@ async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(b
         host = service.hosts.acquire_any(key)
     except JobFailed as error:
         raise unavailable(error) from error
+    on_dataset = None if submission.dataset_id is None else service.imports.get(submission.dataset_id, body.org_id)
     request = EstimateRequest(
         key=key,
         conversations=body.conversations,
+        conversations_path=None if on_dataset is None else str(service.imports.conversations_path(on_dataset)),
         hyperparameters=config.hyperparameters,
         validation_split=config.validation_split,
         system_prompt=config.system_prompt,
@@ -138,7 +143,8 @@ async def evaluate(
 
 def _submission(body: StartTraining, service: Service, idempotency_key: str | None) -> Submission:
     settings = service.settings
-    sent = len(body.conversations)
+    summary = _summary(body, service)
+    sent = len(body.conversations or []) if summary is None else summary.conversations or 0
     if sent < settings.min_training_samples:
         raise InvalidInput(
             f"{sent} conversations were sent and {settings.min_training_samples} are needed.",
@@ -165,6 +171,10 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
         "validation_split": split,
         "warnings": [],
     }
+    system_prompt = body.system_prompt
+    if summary is not None:
+        metadata |= {"dataset_id": body.dataset_id, "recorded_authors": summary.recorded_authors}
+        system_prompt = system_prompt or summary.system_prompt
     if body.name is not None:
         metadata["name"] = body.name
     if sent < FEW_CONVERSATIONS:
@@ -178,7 +188,7 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
     config = JobConfig(
         hyperparameters=hyperparameters,
         validation_split=split,
-        system_prompt=body.system_prompt,
+        system_prompt=system_prompt,
         continue_from=None if version is None else version.training_id,
         publish_anyway=body.publish_anyway,
     )
@@ -187,10 +197,31 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
         base_model=base_model,
         config=config,
         conversations=body.conversations,
+        dataset_id=body.dataset_id,
         metadata=metadata,
-        request_hash=request_hash(body.model_dump_json()),
+        request_hash=_hash(body),
         idempotency_key=idempotency_key,
     )
+
+
+def _hash(body: StartTraining) -> str:
+    return request_hash(body.model_dump_json())
+
+
+def _summary(body: StartTraining, service: Service) -> ImportSummary | None:
+    """Of the dataset to train on, or None: the body brings conversations. Raises InvalidInput for both and none."""
+    if body.conversations is not None and body.dataset_id is not None:
+        raise InvalidInput("conversations and dataset_id are both there.", cure="Send one of them.", param="dataset_id")
+    if body.conversations is not None:
+        return None
+    if body.dataset_id is None:
+        raise InvalidInput(
+            "conversations is missing.",
+            code="missing_field",
+            cure="Add it, or name a dataset_id of POST /api/v1/datasets.",
+            param="conversations",
+        )
+    return service.imports.ready(body.dataset_id, body.org_id)[1]
 
 
 def _check_same_shape(body: StartTraining, version: Version) -> None:
