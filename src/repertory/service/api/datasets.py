@@ -14,7 +14,7 @@ from repertory.errors import JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
-from repertory.service.api.inference import unavailable
+from repertory.service.api.replies import unavailable
 from repertory.service.api.schemas import (
     DatasetAccepted,
     DatasetAuthors,
