@@ -139,6 +139,17 @@ def several_templates(*names: str) -> Callable[[Path], None]:
     return spoil
 
 
+def fewer_embeddings_than_tokens(folder: Path) -> None:
+    """As in a fine-tune that added the tokens of its template without room for them in the weights."""
+    tokens = ("embed_tokens.weight", "lm_head.weight")
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            name: tensor[:399].clone() if name.endswith(tokens) else tensor for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    edit(folder / "config.json", lambda config: config | {"vocab_size": 399})
+
+
 def pickles_alone(folder: Path) -> None:
     for path in (*folder.glob("*.safetensors"), folder / INDEX):
         path.unlink()
@@ -188,6 +199,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "a deep index": (with_text(INDEX, "[" * 200_000), "base_model_unavailable", "is damaged"),
     "weights that are no numbers": (not_a_number, "base_model_unavailable", "is no number"),
+    "a token without an embedding": (fewer_embeddings_than_tokens, "template_unusable", "embeddings for 399 only"),
     "a link out of the templates": (link_out_of_templates, "unsafe_path", "secret.jinja"),
     "several templates, none the default": (
         several_templates("rag", "tool_use"),

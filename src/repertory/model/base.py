@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from repertory import architectures
 from repertory.contracts import BaseKey, Device
+from repertory.data.conversations import Message
 from repertory.data.render import Renderer
 from repertory.errors import BaseModelUnavailable, InsufficientMemory, RepertoryError
 from repertory.model.attention import (
@@ -256,6 +257,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         memory_limit_bytes=limit,
     )
+    _check_vocabulary(base, name)
     _check_forward(base, name)
     if key.quantization != "none":  # what was not quantized would keep the whole file mapped, read through once
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -431,6 +433,25 @@ def _unsupported(name: str, why: str) -> BaseModelUnavailable:
         code=architectures.CODE,
         cure=architectures.CURE,
     )
+
+
+def _check_vocabulary(base: Base, name: str) -> None:
+    """A token without an embedding would be an internal error on a CPU, and on a card the end of the host.
+
+    Tokens that were added later and that no template writes may be beyond: nobody's words become them.
+    """
+    tokenizer = base.renderer.tokenizer
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    row = base.renderer.row([Message(role="user", content="u"), Message(role="assistant", content="a")])
+    last = max(words | set(row.input_ids if row else []), default=0)
+    if last >= base.vocabulary_size:
+        raise BaseModelUnavailable(
+            f"the tokenizer of the base model {name} has a token {last} ({tokenizer.convert_ids_to_tokens(last)!r}),"
+            f" and the model has embeddings for {base.vocabulary_size} only",
+            code="template_unusable",
+            cure="Choose another base model, or register a copy of its folder with the tokenizer and chat template of"
+            " the model it was made from.",
+        )
 
 
 @torch.inference_mode()
