@@ -31,8 +31,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     assert "Traceback" not in running.log
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ana answers Bob 40 times, two hours between."""
     entries = []
     for number in range(40):
@@ -41,7 +41,22 @@ def export(tmp_path: Path) -> Path:
             entries.append(
                 Entry(channel="7", id=f"{2 * number + at + 1}", author_id=author, author=author, text=text, time=time)
             )
-    return exports.telegram(entries, tmp_path)
+    return exports.telegram(entries, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture(scope="module")
+def unnamed(service: RunningService, export: Path) -> str:
+    """The id of the owner's dataset without a persona."""
+    return str(imported(service, export, "owner")["dataset_id"])
+
+
+@pytest.fixture(scope="module")
+def ready(service: RunningService, export: Path) -> str:
+    """The id of the owner's dataset with Ana named at once."""
+    dataset = imported(service, export, "owner", persona=["ana"], exclude=["nobody"], format="telegram")
+    assert dataset["status"] == "ready", dataset
+    assert dataset["summary"]["persona"] == "ana"
+    return str(dataset["dataset_id"])
 
 
 def send(service: RunningService, path: Path, org_id: str = "a", status: int = 202, **fields: Any) -> dict[str, Any]:
@@ -104,15 +119,12 @@ def test_an_export_becomes_a_dataset(service: RunningService, export: Path) -> N
     consent = service.folder / "models/datasets/journey" / accepted["dataset_id"] / "prepared/consent.jsonl"
     assert {len(json.loads(line)) for line in consent.read_text().splitlines()} == {2}
     assert "ana" not in consent.read_text()
+    consent.write_text("[]\n")  # a disk that forgets
+    answer = service.client.post("/training/start", json={"org_id": "journey", "dataset_id": accepted["dataset_id"]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "dataset_damaged")
     assert service.client.delete(at).status_code == 200
     assert service.client.get(at).status_code == 404
     assert stored(service, "journey") == []
-
-
-def test_a_persona_may_be_named_at_once(service: RunningService, export: Path) -> None:
-    dataset = imported(service, export, "at-once", persona=["ana"], exclude=["nobody"], format="telegram")
-    assert dataset["status"] == "ready"
-    assert dataset["summary"]["persona"] == "ana"
 
 
 def test_an_assistant_s_conversations_need_no_persona(service: RunningService, tmp_path: Path) -> None:
@@ -199,9 +211,10 @@ def test_files_from_which_nothing_can_be_made(service: RunningService, export: P
     assert prepared(service, misnamed)["status"] == "ready"
 
 
-def test_a_truncated_file_gives_what_is_whole(service: RunningService, export: Path) -> None:
-    export.write_bytes(export.read_bytes()[: export.stat().st_size // 2])
-    dataset = imported(service, export, persona="ana")
+def test_a_truncated_file_gives_what_is_whole(service: RunningService, export: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "result.json"
+    cut.write_bytes(export.read_bytes()[: export.stat().st_size // 2])
+    dataset = imported(service, cut, persona="ana")
     assert dataset["status"] == "ready"
     assert 10 < dataset["summary"]["conversations"] < 30
     assert dataset["report"]["findings"]["counts"]["file_broken"] == 1
@@ -215,23 +228,25 @@ def test_a_job_trains_on_a_dataset_and_outlives_it(service: RunningService, expo
     replayed = {"idempotency-key": "k"}
     started = service.client.post("/training/start", json=body, headers=replayed).json()["training_id"]
     assert service.client.get(f"/datasets/{dataset_id}").json()["trained"] == [started]
+
+    def words_of(author: str, org_id: str = "trainer") -> Any:
+        return service.client.get("/datasets/consent", params={"org_id": org_id, "author": author}).json()
+
+    assert words_of("bob") == {"datasets": {dataset_id: 40}, "trainings": {started: 40}}
+    assert words_of("carol") == words_of("bob", "stranger") == {"datasets": {}, "trainings": {}}
     assert service.client.delete(f"/datasets/{dataset_id}").status_code == 200
     metadata = service.until(started, "completed")["metadata"]
     assert (metadata["dataset_id"], metadata["conversations"], metadata["recorded_authors"]) == (dataset_id, 40, 2)
     assert metadata["train_conversations"] == 40  # that many lines the run has read
     again = service.client.post("/training/start", json=body, headers=replayed)
     assert again.json()["training_id"] == started
-    folder = service.folder / "models/datasets/trainer" / started
-    assert len((folder / "consent.jsonl").read_text().splitlines()) == 40
+    assert words_of("bob") == {"datasets": {}, "trainings": {started: 40}}  # the voice has learned from them
 
 
-def test_what_a_job_cannot_be_trained_on(service: RunningService, export: Path) -> None:
-    unnamed = imported(service, export, "refuser")["dataset_id"]
-
+def test_what_a_job_cannot_be_trained_on(service: RunningService, unnamed: str) -> None:
     def refused(**body: Any) -> tuple[int, str, str]:
         start, estimate = (
-            service.client.post(f"/training/{call}", json={"org_id": "refuser"} | body)
-            for call in ("start", "estimate")
+            service.client.post(f"/training/{call}", json={"org_id": "owner"} | body) for call in ("start", "estimate")
         )
         assert start.json()["error"] | {"request_id": ""} == estimate.json()["error"] | {"request_id": ""}
         error = start.json()["error"]
@@ -241,17 +256,10 @@ def test_what_a_job_cannot_be_trained_on(service: RunningService, export: Path) 
     assert refused(dataset_id=unnamed, conversations=[CONVERSATION]) == (422, "invalid_input", "dataset_id")
     assert refused() == (422, "missing_field", "conversations")
     assert refused(dataset_id=unnamed, org_id="stranger") == (404, "dataset_not_found", "dataset_id")
-    ready = imported(service, export, "refuser", persona="ana")["dataset_id"]
-    conversations = service.folder / "models/datasets/refuser" / ready / "prepared/conversations.jsonl"
-    conversations.write_text(conversations.read_text()[:-10])
-    answer = service.client.post("/training/start", json={"org_id": "refuser", "dataset_id": ready})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "dataset_damaged")
-    assert {path.name for path in stored(service, "refuser")} == {unnamed, ready}
 
 
-def test_a_preview_shows_rows_with_what_is_learned_marked(service: RunningService, export: Path) -> None:
-    dataset_id = imported(service, export, "viewer", persona="ana")["dataset_id"]
-    shown = service.client.get(f"/datasets/{dataset_id}/preview?count=4").json()
+def test_a_preview_shows_rows_with_what_is_learned_marked(service: RunningService, ready: str, unnamed: str) -> None:
+    shown = service.client.get(f"/datasets/{ready}/preview?count=4").json()
     assert len(shown["rows"]) == 4
     assert [message["content"] for message in shown["rows"][1]["messages"]] == [
         "You are ana, chatting.",
@@ -259,17 +267,14 @@ def test_a_preview_shows_rows_with_what_is_learned_marked(service: RunningServic
         "answer 10 to <EMAIL_1>",
     ]
     assert [span["trained"] for span in shown["rows"][1]["spans"]] == [False, False, True]
-    assert service.client.get(f"/datasets/{dataset_id}/preview?count=100").json()["rows"][39]["tokens"] > 0
-    missing = service.client.get(f"/datasets/{dataset_id}/preview?base_model=../x")
+    assert service.client.get(f"/datasets/{ready}/preview?count=100").json()["rows"][39]["tokens"] > 0
+    missing = service.client.get(f"/datasets/{ready}/preview?base_model=../x")
     assert missing.status_code == 422
-    unnamed = imported(service, export, "viewer")["dataset_id"]
     assert service.client.get(f"/datasets/{unnamed}/preview").json()["error"]["code"] == "dataset_not_ready"
-    assert service.client.get(f"/datasets/{dataset_id}/preview?org_id=stranger").status_code == 404
+    assert service.client.get(f"/datasets/{ready}/preview?org_id=stranger").status_code == 404
 
 
-def test_nobody_sees_another_s_dataset(service: RunningService, export: Path) -> None:
-    dataset_id = imported(service, export, "owner", persona="ana")["dataset_id"]
-
+def test_nobody_sees_another_s_dataset(service: RunningService, ready: str) -> None:
     def refusals(dataset_id: str) -> list[Any]:
         at, other = f"/datasets/{dataset_id}", {"org_id": "stranger"}
         answers = [
@@ -281,10 +286,10 @@ def test_nobody_sees_another_s_dataset(service: RunningService, export: Path) ->
         ]
         return [(one.status_code, {**one.json()["error"], "request_id": ""}) for one in answers]
 
-    assert refusals(dataset_id) == refusals("data_0123456789abcdef")
-    assert {status for status, _ in refusals(dataset_id)} == {404}
+    assert refusals(ready) == refusals("data_0123456789abcdef")
+    assert {status for status, _ in refusals(ready)} == {404}
     assert service.client.get("/datasets?org_id=stranger").json() == {"datasets": []}
-    assert service.client.get(f"/datasets/{dataset_id}?org_id=owner").json()["status"] == "ready"
+    assert service.client.get(f"/datasets/{ready}?org_id=owner").json()["status"] == "ready"
 
 
 def test_a_large_upload_does_not_grow_the_service(service: RunningService, tmp_path: Path) -> None:

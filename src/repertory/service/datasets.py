@@ -22,6 +22,7 @@ from repertory.errors import Conflict
 from repertory.manifest import sync_folder, verify, write_durably
 
 CONVERSATIONS = "conversations.jsonl"
+CONSENT = "consent.jsonl"  # for each conversation the hashes of those whose words are in it
 PREPARED = "prepared"
 PENDING = ".pending"
 UPLOADS = "_uploads"  # no organisation's name begins like that
@@ -62,6 +63,18 @@ class Datasets:
             )
         for folder in (pending, pending.parent, self._root):
             sync_folder(folder)
+
+    def with_words_of(self, org_id: str, author_hash: str) -> dict[str, int]:
+        """The dataset ids and training ids with words of an author, and in how many conversations there are some."""
+        found: dict[str, int] = {}
+        root = self._root / org_id
+        for pattern in (f"*/{CONSENT}", f"*/{PREPARED}/{CONSENT}"):
+            for path in sorted(root.glob(pattern)):
+                name = path.relative_to(root).parts[0].removesuffix(PENDING)
+                with path.open(encoding="utf-8") as lines:
+                    if count := sum(author_hash in line for line in lines):
+                        found[name] = count
+        return found
 
     def new_upload(self, dataset_id: str) -> Path:
         """The folder of an upload whose organisation is not known yet."""

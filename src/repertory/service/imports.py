@@ -30,6 +30,7 @@ from sqlalchemy.exc import OperationalError
 
 from repertory.data.conversations import Conversation
 from repertory.data.imports import ImportEvent, ImportOptions, ImportOrder, ImportSummary
+from repertory.data.preparation.identity import hashed
 from repertory.errors import Conflict, ErrorInfo, NotFound
 from repertory.logs import without_text
 from repertory.service.datasets import CONVERSATIONS, PREPARED, Datasets
@@ -200,6 +201,15 @@ class Imports:
         )
         with self._store.read() as connection:
             return list(connection.execute(on_it.order_by(jobs.c.created_at, jobs.c.id)).scalars())
+
+    def with_words_of(self, org_id: str, author: str) -> tuple[dict[str, int], dict[str, int]]:
+        """In which datasets and in which jobs' conversations of the organisation there are words of an author.
+
+        `author` is an id of the export. Of each: in how many conversations. Jobs are found after their dataset is gone.
+        """
+        found = self._files.with_words_of(org_id, hashed(author, org_id))
+        of_datasets = {name: count for name, count in found.items() if name.startswith(KIND)}
+        return of_datasets, {name: count for name, count in found.items() if name not in of_datasets}
 
     def authors(self, dataset: Dataset) -> dict[str, Any]:
         """Who speaks in it. Raises Conflict until it is read."""

@@ -11,11 +11,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-
-from datasketch import MinHash, MinHashLSH
+from typing import TYPE_CHECKING
 
 from repertory.data.conversations import Conversation, Message
 
+if TYPE_CHECKING:  # brings scipy, half of the time that a small import takes; only long replies need it
+    from datasketch import MinHash, MinHashLSH
+
+PERMUTATIONS = 64
 LONG_CHARACTERS = 40  # shorter texts have too few shingles to tell alike from same
 SHINGLE_CHARACTERS = 5
 ALIKE = 0.85  # estimated Jaccard similarity of the shingles
@@ -32,16 +35,18 @@ def without_duplicates(conversations: Sequence[Conversation]) -> tuple[list[Conv
     cap = max(MIN_REPEATS, round(REPEATS_SHARE * len(replies)))
     seen: set[tuple[str, str]] = set()
     said: Counter[str] = Counter()
-    near = MinHashLSH(threshold=ALIKE, num_perm=64)
+    near: MinHashLSH | None = None  # of the long replies
     reasons: Counter[str] = Counter()
 
     def reason(context: str, reply: str) -> str | None:
+        nonlocal near
         if (context, reply) in seen:
             return "exact_duplicate"
         seen.add((context, reply))
         if len(reply) < LONG_CHARACTERS:
             said[reply] += 1
             return "repeated_reply" if said[reply] > cap else None
+        near = _index() if near is None else near
         sketch = _sketch(reply)
         if near.query(sketch):
             return "near_duplicate"
@@ -102,8 +107,16 @@ def _unlearned(conversation: Conversation, repeated: set[int]) -> Conversation |
     return conversation.model_copy(update={"messages": messages})
 
 
+def _index() -> MinHashLSH:
+    from datasketch import MinHashLSH
+
+    return MinHashLSH(threshold=ALIKE, num_perm=PERMUTATIONS)
+
+
 def _sketch(text: str) -> MinHash:
-    sketch = MinHash(num_perm=64)
+    from datasketch import MinHash
+
+    sketch = MinHash(num_perm=PERMUTATIONS)
     last = len(text) - SHINGLE_CHARACTERS + 1
     sketch.update_batch([text[at : at + SHINGLE_CHARACTERS].encode() for at in range(last)])
     return sketch

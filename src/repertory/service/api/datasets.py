@@ -16,6 +16,7 @@ from repertory.service.api.deps import OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
 from repertory.service.api.replies import unavailable
 from repertory.service.api.schemas import (
+    Consent,
     DatasetAccepted,
     DatasetAuthors,
     DatasetDeleted,
@@ -76,6 +77,13 @@ async def send(service: ServiceDep, request: Request) -> DatasetAccepted:
 def of_organisation(service: ServiceDep, org_id: Annotated[OrgId, Query()]) -> DatasetList:
     """Newest first, without their reports."""
     return DatasetList(datasets=[_status(one, service) for one in service.imports.of_organisation(org_id)])
+
+
+@router.get("/consent")
+def consent(service: ServiceDep, org_id: Annotated[OrgId, Query()], author: Annotated[str, Query()]) -> Consent:
+    """Where the words of an author are, by the id that `authors` has: in which datasets, and in which voices."""
+    of_datasets, of_jobs = service.imports.with_words_of(org_id, author)
+    return Consent(datasets=of_datasets, trainings=of_jobs)
 
 
 @router.get("/{dataset_id}")

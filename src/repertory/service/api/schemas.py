@@ -137,6 +137,13 @@ class DatasetAuthors(BaseModel):
     findings: dict[str, Any]
 
 
+class Consent(BaseModel):
+    """Conversations with words of one author."""
+
+    datasets: dict[str, int]  # dataset id -> how many
+    trainings: dict[str, int]  # training id -> how many
+
+
 class DatasetDeleted(BaseModel):
     message: str
     dataset_id: str
