@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,17 @@ def test_a_room_does_not_pull_in_another(modules: str, absent: set[str]) -> None
         check=True,
     )
     assert not absent & set(found.stdout.split())
+
+
+def test_no_library_fetches_native_code_and_none_advises_to(tmp_path: Path) -> None:
+    """bitsandbytes would, with the package `kernels`, as soon as it is imported."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = subprocess.run(
+        [sys.executable, "-c", "import repertory.model.lora, bitsandbytes"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert "kernels" not in found.stdout + found.stderr

@@ -106,7 +106,7 @@ def remove(asked: str, settings: Settings, say: Callable[[str], None], *, force:
     found = [model for model in catalogue.all() if model.name == name]
     if revision is not None:
         commit = catalogue.revisions(name).get(revision, revision)
-        found = [model for model in found if model.revision is not None and model.revision.startswith(commit)]
+        found = [model for model in found if model.revision is not None and _is_commit(model.revision, commit)]
     if not found:
         raise NotFound(
             f"There is no base model {asked} on this machine.",
@@ -126,6 +126,11 @@ def remove(asked: str, settings: Settings, say: Callable[[str], None], *, force:
             if model.folder.is_symlink() or model.folder.exists():
                 catalogue.remove(model)
     return found
+
+
+def _is_commit(commit: str, named: str) -> bool:
+    """Whether `named` is the commit, or enough of its beginning to mean no other, as git shortens them."""
+    return commit == named or (len(named) >= 7 and commit.startswith(named))
 
 
 def voices_by_base(settings: Settings) -> Counter[tuple[str, str | None]]:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
@@ -242,3 +243,14 @@ def test_what_is_not_on_the_list_is_refused_by_the_host_too(tmp_path: Path) -> N
 def loaded(name: str, settings: Settings) -> Base:
     key = BaseKey(base_model=name, quantization="none", dtype="fp32")
     return base_module.load(name, settings, base_module.detect_device(), key, lambda phase: None)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_told_of(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "tiny" / "fuller", "llama")
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, weights, {"format": "pt"})
+    told: list[str] = []
+    key = BaseKey(base_model="tiny/fuller", quantization="none", dtype="fp32")
+    settings = Settings(_env_file=None, model_cache_dir=tmp_path)
+    base_module.load("tiny/fuller", settings, base_module.detect_device(), key, told.append)
+    assert any("1 tensors that tiny/fuller has no place for, such as model.layers.0" in phase for phase in told)

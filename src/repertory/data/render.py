@@ -213,7 +213,7 @@ class Renderer:
                 return piece.special
         raise BaseModelUnavailable(
             "the chat template ends an assistant's turn with no special token, so a reply would never stop",
-            code="unsupported_template",
+            code="template_unusable",
             cure="Choose another base model, or give this one a chat template that writes eos_token after the turn.",
         )
 
@@ -227,14 +227,14 @@ class Renderer:
         except TemplateError as error:
             raise BaseModelUnavailable(
                 f"the chat template refuses a plain conversation: {error}",
-                code="unsupported_template",
+                code="template_unusable",
                 cure="Choose another base model, or correct its chat template.",
             ) from error
         if differing:
             header, prompt = differing
             raise BaseModelUnavailable(
                 f"the chat template writes {header!r} before a reply it was given, but ends a prompt with {prompt!r}",
-                code="unsupported_template",
+                code="template_unusable",
                 cure="Choose another base model, or correct its chat template's add_generation_prompt.",
             )
         header, prompt = self._seams(chat)[0]

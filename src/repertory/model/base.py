@@ -228,6 +228,8 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             f"the files of the base model {name} lack {len(lacking)} of its tensors, such as {lacking[0]}",
             cure="Download or copy it again, or choose another base model.",
         )
+    if left_over := sorted(loaded["unexpected_keys"]):
+        say(f"leaving out {len(left_over)} tensors that {name} has no place for, such as {left_over[0]}")
     model.requires_grad_(False)
     model.eval()
     for module in model.modules():

@@ -24,7 +24,6 @@ from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, shard
 from repertory.settings import Settings
 
 FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
-MAX_CONFIG_BYTES = 4 << 20
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest of well-known models, with tools, has some 20 KB
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20  # of hidden states and layers
@@ -212,8 +211,8 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             f"the folder of the base model {name} has no config.json",
             cure="Copy the whole folder of a model, or register a .gguf file.",
         )
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise _damaged(name, f"config.json has more than {MAX_CONFIG_BYTES} bytes")
+    if path.stat().st_size > architectures.MAX_CONFIG_BYTES:
+        raise _damaged(name, f"config.json has more than {architectures.MAX_CONFIG_BYTES} bytes")
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
