@@ -72,7 +72,12 @@ def test_the_description_of_the_api_names_every_body(app: FastAPI) -> None:
     body = described["paths"]["/api/v1/training/start"]["post"]["requestBody"]
     assert body["required"] is True
     assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/StartTraining"}
-    assert described["components"]["schemas"]["StartTraining"]["required"] == ["org_id", "conversations"]
+    start = described["components"]["schemas"]["StartTraining"]
+    assert start["required"] == ["org_id"]
+    assert start["oneOf"] == [{"required": ["conversations"]}, {"required": ["dataset_id"]}]
+    form = described["paths"]["/api/v1/datasets"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form == {"$ref": "#/components/schemas/NewDataset"}
+    assert {"org_id", "file", "persona"} <= set(described["components"]["schemas"]["NewDataset"]["properties"])
     for path, methods in described["paths"].items():
         assert path.startswith(("/api/v1/", "/v1/"))
         for method, operation in methods.items():

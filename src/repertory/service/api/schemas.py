@@ -22,6 +22,10 @@ class HistoryMessage(Request):
 
 
 class StartTraining(Request):
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["conversations"]}, {"required": ["dataset_id"]}]}
+    )
+
     org_id: OrgId
     base_model: str | None = None
     conversations: list[Conversation] | None = Field(None, min_length=1)
