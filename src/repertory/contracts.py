@@ -210,6 +210,7 @@ class GenerateRequest(Contract):
     max_tokens: int = Field(ge=1)
     stop: list[str] = []
     seed: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)  # likeliest tokens to tell at each place; None: no logprobs
 
     @model_validator(mode="after")
     def something_to_answer(self) -> GenerateRequest:
@@ -224,10 +225,20 @@ class Usage(Contract):
     dropped_messages: int = 0  # oldest messages of the history that did not fit into the context
 
 
+class TokenLogprob(Contract):
+    token: str
+    logprob: float  # natural, of the model's own distribution, before temperature, top_k and top_p
+
+
+class SampledToken(TokenLogprob):
+    top: list[TokenLogprob] = []  # the likeliest at its place, likeliest first
+
+
 class TokenChunk(Contract):
     """A piece of the reply; text appears only when it decodes cleanly and cannot be part of a stop string."""
 
     text: str = ""
+    logprobs: list[SampledToken] = []  # where asked for: of the tokens that the text is made of
     finish_reason: Literal["stop", "length"] | None = None  # set on the last chunk, with usage
     usage: Usage | None = None
     error: ErrorInfo | None = None  # instead of a finish_reason: the sequence died

@@ -253,11 +253,16 @@ def test_emoji_and_cjk_stream_in_whole_characters(service: RunningService) -> No
             temperature=0,
             max_tokens=100,
             stream=True,
+            logprobs=True,
         )
-        pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+        choices = [chunk.choices[0] for chunk in chunks]
+    pieces = [choice.delta.content for choice in choices if choice.delta.content]
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content or []]
     assert "".join(pieces) == said
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
+    assert len(tokens) > len(pieces)  # characters of several tokens
+    assert all(token.bytes is None for token in tokens if "\ufffd" in token.token)
 
 
 def test_a_second_base_model_gets_a_host_of_its_own(service: RunningService) -> None:

@@ -154,6 +154,48 @@ def test_a_raw_prompt_is_continued_as_transformers_continues_it(base: Base, cach
     assert request.prompt + "".join(chunk.text for chunk in told) == whole
 
 
+def test_logprobs_are_those_of_the_model_whatever_is_sampled(base: Base, cache: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(cache / "tiny/llama-gqa", attn_implementation="eager")
+    engine = Engine(base)
+    told: list[TokenChunk] = []
+    sequence = ask(engine, "Hello!", None, told, temperature=1.2, top_k=9, seed=5, top_logprobs=3)
+    without: list[TokenChunk] = []
+    ask(engine, "Hello!", None, without)
+    drain(engine)
+    assert not any(chunk.logprobs for chunk in without)
+    scores = [score for chunk in told for score in chunk.logprobs]
+    ids = torch.tensor([sequence.prompt_ids + sequence.output_ids])
+    with torch.inference_mode():
+        expected_NV = theirs(ids).logits[0, len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
+    assert len(scores) == len(sequence.output_ids)
+    for score, token, expected_V in zip(scores, sequence.output_ids, expected_NV, strict=True):
+        assert score.logprob == pytest.approx(float(expected_V[token]), abs=1e-3)
+        assert score.token == base.renderer.token_text(token)
+        values, tokens = expected_V.topk(3)
+        assert [one.logprob for one in score.top] == pytest.approx(values.tolist(), abs=1e-3)
+        assert [one.token for one in score.top] == [base.renderer.token_text(int(one)) for one in tokens]
+
+
+def test_the_tokens_of_a_stop_string_are_not_told_either(base: Base) -> None:
+    engine = Engine(base)
+
+    def reply(**asked: Any) -> list[TokenChunk]:
+        told: list[TokenChunk] = []
+        ask(engine, "Hello!", None, told, temperature=1, seed=3, max_tokens=24, top_logprobs=0, **asked)
+        drain(engine)
+        return told
+
+    tokens = [score.token for chunk in reply() for score in chunk.logprobs]
+    assert len(tokens) == 24
+    stop = next(token for token in tokens[6:] if token.isalpha())
+    stopped = reply(stop=[stop])
+    assert stopped[-1].finish_reason == "stop"
+    told = [score.token for chunk in stopped for score in chunk.logprobs]
+    assert 0 < len(told) <= tokens.index(stop)
+    assert told == tokens[: len(told)]
+    assert stop not in "".join(told)
+
+
 def test_cancelling_frees_the_row_and_leaves_the_others_alone(base: Base) -> None:
     engine = Engine(base)
     expected = ask(engine, "Hello!", None, max_tokens=20)

@@ -59,6 +59,25 @@ def test_white_space_around_a_reply_is_left_out_and_within_it_kept() -> None:
     assert "".join(pieces) == "Arr,  matey!\n\nAye."
 
 
+@given(
+    text=st.text(alphabet="abc 👩‍👧日", max_size=30),
+    stop=st.lists(st.text(alphabet="abc 日", min_size=1, max_size=4), max_size=2),
+)
+def test_the_tokens_told_are_those_of_the_text_told(text: str, stop: list[str]) -> None:
+    stream = TextStream(decode, stop)
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    told = ""
+    for token in ids:
+        told += stream.push(token)
+        covered = decode(ids[: stream.tokens_told])
+        assert told.startswith(covered.strip())
+        assert not any(one in covered for one in stop)
+        if stream.is_stopped:
+            return
+    told += stream.rest()
+    assert decode(ids[: stream.tokens_told]).strip() == told
+
+
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, tiny.make_metaspace_tokenizer(None)], ids=["bytes", "spaces"])
 def test_a_continued_text_keeps_its_white_space(tokenizer: Any) -> None:
     ids = tokenizer("Hello! and on it went 👩‍👩‍👧 \n", add_special_tokens=False)["input_ids"]

@@ -201,6 +201,26 @@ def test_n_replies_come_side_by_side(client: openai.OpenAI, versions: list[str],
     assert (usage.prompt_tokens, usage.completion_tokens) == (1, 9)  # the prompt counts once
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("top", [None, 2])
+def test_logprobs_tell_of_every_token(
+    client: openai.OpenAI, versions: list[str], stream: bool, top: int | None
+) -> None:
+    asked: Any = {"model": "oa-org", "messages": HI, "logprobs": True, "top_logprobs": top, "n": 2}
+    if stream:
+        chunks = client.chat.completions.create(**asked, stream=True)
+        parts = [choice for chunk in chunks for choice in chunk.choices if choice.index == 1]
+    else:
+        parts = [client.chat.completions.create(**asked).choices[1]]
+    tokens = [token for part in parts if part.logprobs is not None for token in part.logprobs.content]
+    assert "".join(token.token for token in tokens) == f"Hello from {versions[1]}"
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == f"Hello from {versions[1]}"
+    assert {token.logprob for token in tokens} == {-0.5}
+    assert {len(token.top_logprobs) for token in tokens} == {top or 0}
+    plain = client.chat.completions.create(model="oa-org", messages=HI)
+    assert plain.choices[0].logprobs is None
+
+
 def test_messages_that_the_client_returns_can_be_sent_back(client: openai.OpenAI, versions: list[str]) -> None:
     said = client.chat.completions.create(model="oa-org", messages=HI).choices[0].message
     history: Any = [
@@ -254,8 +274,6 @@ def test_what_changes_nothing_is_accepted(client: openai.OpenAI, versions: list[
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"presence_penalty": -1}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
@@ -300,6 +318,8 @@ def test_what_would_change_the_reply_and_is_not_supported_is_refused(
         ({"messages": [*HI, {"role": "system", "content": "x"}, *HI]}, None),
         ({"max_tokens": 3, "max_completion_tokens": 4}, None),
         ({"stream_options": {"include_usage": True}}, None),
+        ({"top_logprobs": 3}, None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ],
 )
 def test_what_is_wrong_is_a_bad_request_that_names_the_place(

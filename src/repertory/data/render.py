@@ -179,6 +179,12 @@ class Renderer:
         """Text of `ids` without special tokens; a character that is not whole yet ends in U+FFFD."""
         return self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
 
+    def token_text(self, token: int) -> str:
+        """What one token adds to a text; a part of a character is U+FFFD, a special token is written out."""
+        before = self._encode("a")
+        shown = self._decoder.decode([*before, token], clean_up_tokenization_spaces=False)
+        return shown.removeprefix(self._decoder.decode(before, clean_up_tokenization_spaces=False))  # type: ignore[no-any-return]
+
     # Training
 
     def row(self, messages: Sequence[Message], max_tokens: int | None = None) -> Row | None:

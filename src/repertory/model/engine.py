@@ -7,13 +7,13 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from repertory.contracts import GenerateRequest, TokenChunk
+from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, TokenLogprob
 from repertory.data.conversations import Message
 from repertory.errors import ErrorInfo, InvalidInput
 from repertory.model.attention import CachedRows
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, AdapterStacks, Serving
-from repertory.model.sampling import new_sampler, sample
+from repertory.model.sampling import logprobs, new_sampler, sample
 from repertory.model.scheduler import Scheduler, Sequence, Step
 from repertory.model.textstream import TextStream
 
@@ -127,13 +127,15 @@ class Engine:
         step = self.scheduler.next_step()
         self._reserve(step)
         ready = step.decoding + ([step.prefilling] if step.prefilling and step.completes_prompt else [])
-        tokens = sample(self._forward(step), ready)
+        logits_NV = self._forward(step)
+        tokens = sample(logits_NV, ready)
+        scores = [self._score(*one) for one in zip(ready, tokens, logits_NV, strict=True)]
         for sequence in step.decoding:
             sequence.cached_tokens += 1
         if step.prefilling is not None:
             step.prefilling.cached_tokens += step.chunk_tokens
-        for sequence, token in zip(ready, tokens, strict=True):
-            sequence.append(token)
+        for sequence, token, score in zip(ready, tokens, scores, strict=True):
+            sequence.append(token, score)
         if step.prefilling is not None and step.prefilling.is_prefilled:
             self.scheduler.decoding.append(step.prefilling)  # its row n is the next decoding row already
             self.scheduler.prefilling = None
@@ -159,6 +161,14 @@ class Engine:
         if step.completes_prompt:
             last.append(len(ids) - 1)
         return base.logits(hidden[last])
+
+    def _score(self, sequence: Sequence, token: int, logits_V: torch.Tensor) -> SampledToken | None:
+        if sequence.request.top_logprobs is None:
+            return None
+        text = self.base.renderer.token_text
+        chosen, *top = logprobs(logits_V, token, sequence.request.top_logprobs)
+        likeliest = [TokenLogprob(token=text(one), logprob=logprob) for one, logprob in top]
+        return SampledToken(token=text(token), logprob=chosen[1], top=likeliest)
 
     def _reserve(self, step: Step) -> None:
         running = self.scheduler.running

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from repertory.model.scheduler import Sequence
 
+NEVER = -9999.0  # JSON has no infinity; this is what OpenAI writes
 COLDEST = 1e-3  # below, the likeliest token is drawn anyway, and dividing by it may overflow
 
 
@@ -29,6 +30,13 @@ def sample(logits_NV: Tensor, sequences: Rows[Sequence]) -> list[int]:
         best if sequence.request.temperature < COLDEST else _draw(logits_V, sequence)
         for best, logits_V, sequence in zip(greedy, logits_NV, sequences, strict=True)
     ]
+
+
+def logprobs(logits_V: Tensor, token: int, count: int) -> list[tuple[int, float]]:
+    """`token` and then the `count` likeliest, each with its log-probability before temperature, top-k and top-p."""
+    logprobs_V = logits_V.float().log_softmax(-1).nan_to_num(nan=NEVER, neginf=NEVER)
+    values, tokens = logprobs_V.topk(min(count, len(logprobs_V)))
+    return [(token, float(logprobs_V[token])), *zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
 def _draw(logits_V: Tensor, sequence: Sequence) -> int:

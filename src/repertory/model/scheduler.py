@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from repertory.contracts import GenerateRequest, TokenChunk, Usage
+from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, Usage
 from repertory.model.textstream import TextStream
 
 
@@ -29,6 +29,8 @@ class Sequence:
     dropped_messages: int = 0
     sampler: Any = None  # its own random state, whoever else is in the batch
     output_ids: list[int] = field(default_factory=list)
+    scores: list[SampledToken] = field(default_factory=list)  # of the output, where the request asks for logprobs
+    told_scores: int = 0
     cached_tokens: int = 0  # of prompt and output, in the KV cache
     is_finished: bool = False
 
@@ -53,21 +55,30 @@ class Sequence:
             dropped_messages=self.dropped_messages,
         )
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, score: SampledToken | None = None) -> None:
         """Take the next token of the reply and tell the reader what can be told."""
         self.output_ids.append(token)
         is_turn_end = token in self.stop_ids
         text = "" if is_turn_end else self.text.push(token)
+        if score is not None and not is_turn_end:
+            self.scores.append(score)
         if is_turn_end or self.text.is_stopped:
             self._finish(text + self.text.rest(), "stop")
         elif len(self.output_ids) >= self.request.max_tokens:
             self._finish(text + self.text.rest(), "length")
         elif text:
-            self.emit(TokenChunk(text=text))
+            self.emit(TokenChunk(text=text, logprobs=self._new_scores()))
 
     def _finish(self, text: str, reason: Any) -> None:
         self.is_finished = True
-        self.emit(TokenChunk(text=text, finish_reason=reason, usage=self.usage))
+        scores = self._new_scores() if self.text.is_stopped else self.scores[self.told_scores :]
+        self.emit(TokenChunk(text=text, logprobs=scores, finish_reason=reason, usage=self.usage))
+
+    def _new_scores(self) -> list[SampledToken]:
+        """Of the tokens whose text has been told since the last time: a stop string's are never told."""
+        told = self.scores[self.told_scores : self.text.tokens_told]
+        self.told_scores += len(told)
+        return told
 
 
 @dataclass(frozen=True)

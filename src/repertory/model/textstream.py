@@ -6,6 +6,7 @@ text which is continued is kept: it is the only thing between its last word and 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are no whole character yet
@@ -27,7 +28,16 @@ class TextStream:
         self._keeps_space = bool(continues)
         self._has_begun = False
         self._blank = ""  # white space that belongs to the reply if more comes
+        self._ends: list[int] = []  # of each token of the reply that has become text: where it ends in that
+        self._length = 0  # of the decoded text
+        self._stopped_at = 0  # in the decoded text
         self.is_stopped = False
+
+    @property
+    def tokens_told(self) -> int:
+        """How many tokens are in the text told so far, whole: one that runs into a stop string is not."""
+        end = self._stopped_at if self.is_stopped else self._length - len(self._held) - len(self._blank)
+        return bisect_right(self._ends, end)
 
     def push(self, token: int) -> str:
         """The text that token adds, as far as it is certain. After a stop string `is_stopped` is true."""
@@ -35,6 +45,7 @@ class TextStream:
         text = self._new_text()
         if text.endswith(REPLACEMENT):
             return ""
+        self._measure(text)
         self._context, self._told = self._told, len(self._ids)
         return self._trimmed(self._without_stop(text))
 
@@ -42,7 +53,9 @@ class TextStream:
         """What was held back, once no token follows. Nothing if a stop string was found."""
         if self.is_stopped:
             return ""
-        text = self._without_stop(self._new_text() if self._told < len(self._ids) else "")
+        unfinished = self._new_text() if self._told < len(self._ids) else ""
+        self._measure(unfinished)
+        text = self._without_stop(unfinished)
         if not self.is_stopped:
             text, self._held = text + self._held, ""
         return self._trimmed(text)
@@ -51,6 +64,11 @@ class TextStream:
         """Text of the tokens not told yet. Decoded after some that were, since a token's text depends on its left."""
         before = self._decode(self._ids[self._context : self._told])
         return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _measure(self, text: str) -> None:
+        """Tokens that make one character have one end."""
+        self._length += len(text)
+        self._ends += [self._length] * (len(self._ids) - self._told)
 
     def _trimmed(self, text: str) -> str:
         if self._keeps_space:
@@ -68,6 +86,7 @@ class TextStream:
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.is_stopped, self._held = True, ""
+            self._stopped_at = self._length - len(text) + min(found)
             return text[: min(found)]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]

@@ -49,8 +49,10 @@ from repertory.contracts import (
     PreviewSpan,
     RunEvent,
     RunSpec,
+    SampledToken,
     TestResponse,
     TokenChunk,
+    TokenLogprob,
     Usage,
 )
 from repertory.data.prepare import read_conversations, with_system
@@ -112,7 +114,7 @@ class FakeHost:
                 words += [" la"] * (request.max_tokens - len(words))
             for word in words[: request.max_tokens]:
                 time.sleep(WORD_SECONDS)
-                yield TokenChunk(text=word)
+                yield TokenChunk(text=word, logprobs=self._scores(word, request.top_logprobs))
             prompt = [said.content for said in request.messages] if request.prompt is None else [request.prompt]
             used = Usage(
                 prompt_tokens=sum(len(said.split()) for said in prompt),
@@ -121,6 +123,12 @@ class FakeHost:
             yield TokenChunk(finish_reason="length" if len(words) >= request.max_tokens else "stop", usage=used)
         finally:
             self._count(-1)
+
+    @staticmethod
+    def _scores(word: str, top: int | None) -> list[SampledToken]:
+        if top is None:
+            return []
+        return [SampledToken(token=word, logprob=-0.5, top=[TokenLogprob(token=word, logprob=-0.5)] * top)]
 
     def run(self, spec: RunSpec) -> Generator[RunEvent]:
         stop = self.stops[spec.training_id] = threading.Event()

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import BaseKey, GenerateRequest, TokenChunk, Usage
+from repertory.contracts import BaseKey, GenerateRequest, SampledToken, TokenChunk, TokenLogprob, Usage
 from repertory.errors import InvalidInput, JobFailed, NotFound, RepertoryError, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import ServiceDep
@@ -57,7 +57,9 @@ async def chat_completions(
     request: Request, service: ServiceDep, body: Annotated[ChatCompletion, Depends(body_of(ChatCompletion))]
 ) -> Response:
     """A reply in a voice, or several, whole or (with `stream`) as server-sent events."""
-    conversation = {"messages": body.conversation}
+    conversation: dict[str, Any] = {"messages": body.conversation}
+    if body.logprobs:
+        conversation["top_logprobs"] = body.top_logprobs or 0
     return await _answer(request, service, body, [conversation], body.reply_limit, is_chat=True)
 
 
@@ -118,6 +120,7 @@ async def _answer(
         model=body.model,
         answered_by=voice.answered_by,
         created=int(time.time()),
+        has_logprobs=asked[0].top_logprobs is not None,
         choices=len(asked),
         choices_per_prompt=body.choices_per_prompt,
     )
@@ -158,17 +161,20 @@ class _Answer:
     model: str  # as it was asked for
     answered_by: str
     created: int  # seconds since 1970
+    has_logprobs: bool
     choices: int
     choices_per_prompt: int
 
     async def whole(self, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
         texts = [""] * self.choices
+        tokens: list[list[SampledToken]] = [[] for _ in texts]
         last: dict[int, TokenChunk] = {}
         async with aclosing(pieces):
             async for at, piece in pieces:
                 texts[at] += piece.text
+                tokens[at] += piece.logprobs
                 if piece.finish_reason is not None:
-                    last[at] = piece
+                    last[at] = piece.model_copy(update={"logprobs": tokens[at]})
         messages = [{"role": "assistant", "content": text, "refusal": None} for text in texts]
         choices = [self._choice(at, "message", said, last[at]) for at, said in enumerate(messages)]
         return self._body("chat.completion", choices) | {"usage": self._usage(last)}
@@ -209,7 +215,13 @@ class _Answer:
         self, at: int, part: Literal["message", "delta"], said: Mapping[str, str | None], piece: TokenChunk
     ) -> dict[str, Any]:
         words: dict[str, Any] = {part: said} if self.is_chat else {"text": said.get("content", "")}
-        return {"index": at, **words, "logprobs": None, "finish_reason": piece.finish_reason}
+        return {"index": at, **words, "logprobs": self._logprobs(piece), "finish_reason": piece.finish_reason}
+
+    def _logprobs(self, piece: TokenChunk) -> dict[str, Any] | None:
+        if not self.has_logprobs:
+            return None
+        told = [_logprob(token) | {"top_logprobs": [_logprob(one) for one in token.top]} for token in piece.logprobs]
+        return {"content": told, "refusal": None}
 
     def _usage(self, last: dict[int, TokenChunk]) -> dict[str, int]:
         """A prompt counts once, however many replies it has."""
@@ -223,6 +235,16 @@ class _Answer:
             "total_tokens": prompt_tokens + completion_tokens,
             "dropped_messages": sum(usage.dropped_messages for usage in read),
         }
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    """A token that is a part of a character has bytes that its text does not tell."""
+    is_whole = "\ufffd" not in token.token
+    return {
+        "token": token.token,
+        "logprob": token.logprob,
+        "bytes": list(token.token.encode()) if is_whole else None,
+    }
 
 
 def _seed_of_choice(seed: int, at: int) -> int:

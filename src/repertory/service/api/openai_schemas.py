@@ -106,6 +106,8 @@ class Completing(Request):
 class ChatCompletion(Completing):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: Ignored = None
     parallel_tool_calls: Ignored = None  # of tools, and there are none
     prompt_cache_key: Ignored = None
@@ -115,7 +117,6 @@ class ChatCompletion(Completing):
     audio: Neutral = None
     function_call: Annotated[Any, _unsupported("none", "auto")] = None
     functions: Neutral = None
-    logprobs: Off = None
     modalities: Annotated[Any, _unsupported(["text"])] = None
     prediction: Neutral = None
     reasoning_effort: Annotated[Any, _unsupported("none")] = None
@@ -123,9 +124,14 @@ class ChatCompletion(Completing):
     store: Off = None  # nothing is kept
     tool_choice: Annotated[Any, _unsupported("none", "auto")] = None
     tools: Neutral = None
-    top_logprobs: Zero = None
     verbosity: Neutral = None
     web_search_options: Neutral = None
+
+    @model_validator(mode="after")
+    def top_logprobs_are_of_logprobs(self) -> ChatCompletion:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("has top_logprobs without logprobs: true")
+        return self
 
     @model_validator(mode="after")
     def one_limit(self) -> ChatCompletion:
