@@ -332,6 +332,34 @@ def test_what_is_wrong_is_a_bad_request_that_names_the_place(
     assert refused.value.request_id == refused.value.body["request_id"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"model": "\\u0000"',
+        '"model": 5',
+        '"stop": 5',
+        '"stop": [[]]',
+        '"logit_bias": [[]]',
+        '"stream_options": []',
+        '"n": 1e400',
+        '"messages": [{"role": "user", "content": [[]]}], "prompt": [[]]',
+        '"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}], "prompt": 5',
+        '"messages": [{"role": [], "content": {}}], "prompt": {}',
+        '"messages": [{"role": "user", "content": "\\u0000"}], "prompt": "\\u0000"',
+        '"messages": null, "prompt": null',
+        '"user": 1, "user": 2',
+        '"user": NaN',
+    ],
+)
+def test_nonsense_is_a_bad_request(service: RunningService, path: str, field: str) -> None:
+    content = f'{{"model": "oa-org", {field}}}' if '"model"' not in field else f"{{{field}}}"
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{service.url}/v1{path}", content=content, headers=headers, trust_env=False)
+    assert answer.status_code == 400, answer.text
+    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
+
+
 def test_a_host_that_dies_is_a_server_error_or_is_asked_again(service: RunningService) -> None:
     service.trained("oa-dying", base_model="fake/oa-mortal")
     die: Any = [{"role": "user", "content": "die"}]

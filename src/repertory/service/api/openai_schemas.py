@@ -71,7 +71,7 @@ class StreamOptions(Request):
 class Completing(Request):
     """What chats and plain texts have in common."""
 
-    model: str = Field(min_length=1, max_length=300)
+    model: CleanText = Field(min_length=1, max_length=300)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
