@@ -193,6 +193,19 @@ def test_continuing_another_base_models_version_is_refused(
         run_to_end(load_base("mistral"), make_spec(24, training_id="train_second", spec={"start": start}))
 
 
+def test_a_run_is_compared_with_the_version_before_if_that_can_be_read(base: Base, make_spec: MakeSpec) -> None:
+    first = make_spec(24, training_id="train_first")
+    run_to_end(base, first)
+    current = AdapterRef(org_id="org", training_id="train_first", path=first.output_dir)
+    report = run_to_end(base, make_spec(24, training_id="train_second", spec={"current": current}))[-1].data["report"]
+    first_report = json.loads((Path(first.output_dir) / "report.json").read_text())
+    assert report["current_val_nll"] == pytest.approx(first_report["val_nll"])
+    (Path(first.output_dir) / "adapter_config.json").write_text("{}")
+    third = run_to_end(base, make_spec(24, training_id="train_third", spec={"current": current}))[-1].data
+    assert "current_val_nll" not in third["report"]
+    assert any("Not compared with the version before" in warning for warning in third["warnings"])
+
+
 def test_rank_stabilised_adapters_are_trained_and_read_back(base: Base, make_spec: MakeSpec) -> None:
     spec = make_spec(use_rslora=True, lora_r=16, lora_alpha=8)
     metadata = run_to_end(base, spec)[-1].data

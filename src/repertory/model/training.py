@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from repertory.model.engine import Engine
 from repertory.model.evaluation import SHOWN_PROMPTS, Score, prompts_from, replies, score
 from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
-from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
+from repertory.model.lora import Adapter, AdapterUnusable, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch, common_prefix, with_prompt_loss
 from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Cut, Plan, Work
@@ -47,6 +47,26 @@ LOSS_SCALE = 65536.0  # to begin with; halved where gradients overflow, doubled 
 STEPS_TO_GROW = 200
 EXPLODED = 3.0  # times the loss of the base, or of guessing: no noise of a batch reaches that
 Story = Generator[RunEvent | None, None, None]
+
+
+@dataclass
+class Prepared:
+    """What a run goes by, once its conversations are read and its base model is measured."""
+
+    data: TrainingData
+    checks: list[Check]  # of the rows
+    config: TrainConfig
+    fingerprint: str
+    plan: Plan
+    state: State
+    scored_rows: list[Row]  # the held-out ones, or where there are none those that are trained on
+    metadata: dict[str, Any]
+
+    def score_of(self, row_nll: list[float]) -> Score:
+        return Score(row_nll, [row.trained_tokens for row in self.scored_rows])
+
+    def warn(self, warning: str) -> None:
+        self.metadata["warnings"] = [*self.metadata["warnings"], warning]
 
 
 class TrainingRun:
@@ -79,13 +99,21 @@ class TrainingRun:
     # The run, from beginning to end
 
     def _live(self) -> Story:
-        spec, base = self.spec, self.base
-        output = Path(spec.output_dir)
+        output = Path(self.spec.output_dir)
         yield self._event("preparing", phase="reading the conversations")
         if (output / MANIFEST).exists() and verify(output) is None:
             # Finished before, but nobody heard of it: the service died between our last file and its own record.
             yield self._completed(json.loads((output / METADATA).read_text()))
             return
+        prepared = yield from self._prepare()
+        output.mkdir(parents=True, exist_ok=True)
+        yield from self._learn(prepared, output)
+        yield self._event("evaluating", phase="proving the voice")
+        yield self._completed((yield from self._prove(prepared, output)))
+
+    def _prepare(self) -> Generator[RunEvent | None, None, Prepared]:
+        """Everything up to the first step: rows, plan, and the state to begin or to go on with."""
+        spec, base = self.spec, self.base
         data = yield from training_data(
             base.renderer,
             read_conversations(Path(spec.conversations_path)),
@@ -107,11 +135,8 @@ class TrainingRun:
                 self.scaler.load_state_dict(state.story["loss_scale"])
                 self.overflowed = state.story["overflowed_steps"]
         story = state.story
-        plan = Plan(
-            with_prompt_loss(data.training, config.prompt_loss_weight),
-            config,
-            [Cut(**cut) for cut in story.get("cuts", [])],
-        )
+        rows = with_prompt_loss(data.training, config.prompt_loss_weight)
+        plan = Plan(rows, config, [Cut(**cut) for cut in story.get("cuts", [])])
         if checkpoint is None:
             yield self._event("preparing", phase="trying the largest micro-batch")
             story["rate"] = yield from probe(base, plan, state.adapter.trainable())
@@ -119,96 +144,82 @@ class TrainingRun:
                 yield self._keep_cuts(plan, state, fingerprint)
         self.work.assume(story.get("rate"))
         scored_rows = data.held_out or data.training
-        scored_tokens = sum(len(row.input_ids) for row in scored_rows)
-        self.work.expect(plan, state.step, scored_tokens)
+        self.work.expect(plan, state.step, _tokens(scored_rows))
         if "base_nll" not in story:
             yield self._event("preparing", phase="measuring the base model")
             story["base_nll"] = (yield from self._scored(scored_rows, None)).row_nll
-        row_tokens = [row.trained_tokens for row in scored_rows]
-        base_score = Score(story["base_nll"], row_tokens)
-        most_loss = EXPLODED * max(base_score.mean_nll, math.log(base.vocabulary_size))
-
         metadata = self._metadata(plan, data, state.adapter, resumed_from=state.step if checkpoint else None)
-        yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **metadata)
-        output.mkdir(parents=True, exist_ok=True)
+        return Prepared(data, checks, config, fingerprint, plan, state, scored_rows, metadata)
+
+    def _learn(self, prepared: Prepared, output: Path) -> Story:
+        """All steps to the last, or to the one at which the patience ends."""
+        config, plan, state, story = prepared.config, prepared.plan, prepared.state, prepared.state.story
+        most_loss = EXPLODED * max(prepared.score_of(story["base_nll"]).mean_nll, math.log(self.base.vocabulary_size))
+        yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **prepared.metadata)
         with _tensorboard(output, state.step) as board:
             while state.step < config.total_steps and not _stops_early(config, story):
                 step = state.step + 1
                 while (outcome := (yield from self._step_if_it_fits(plan, step, state))) is None:
-                    yield self._keep_cuts(plan, state, fingerprint)
-                    metadata["warnings"] = [*metadata["warnings"], plan.cuts[-1].warning]
-                    self.work.expect(plan, state.step, scored_tokens)
+                    yield self._keep_cuts(plan, state, prepared.fingerprint)
+                    prepared.warn(plan.cuts[-1].warning)
+                    self.work.expect(plan, state.step, _tokens(prepared.scored_rows))
                 loss, norm = outcome
                 if loss > most_loss:
-                    raise _diverged(config, step, loss, norm, base.key.dtype)
+                    raise _diverged(config, step, loss, norm, self.base.key.dtype)
                 state.step = step
                 story |= {"final_loss": loss, **self._scaling}
-                told_now = self._progress(plan, step, loss, norm)
+                told = self._progress(plan, step, loss, norm)
                 if step % config.logging_steps == 0 or step == config.total_steps:
                     for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_scale"):
-                        if scalar in told_now:
-                            board.add_scalar(f"train/{scalar}", told_now[scalar] or 0.0, step)
-                yield self._event("step", **told_now)
+                        if scalar in told:
+                            board.add_scalar(f"train/{scalar}", told[scalar] or 0.0, step)
+                yield self._event("step", **told)
                 if config.is_evaluated_after(step):
-                    nll = yield from self._evaluated(config, state, scored_rows, is_held_out=bool(data.held_out))
-                    board.add_scalar("eval/nll", nll, step)
+                    board.add_scalar("eval/nll", (yield from self._evaluated(prepared)), step)
                 is_last = step == config.total_steps or _stops_early(config, story)
                 if step % config.save_steps == 0 or is_last:
-                    Checkpoint.of(state, fingerprint).write(Path(spec.checkpoint_dir))
+                    Checkpoint.of(state, prepared.fingerprint).write(Path(self.spec.checkpoint_dir))
                     yield self._event("checkpoint", step=step)
 
-        yield self._event("evaluating", phase="proving the voice")
+    def _prove(self, prepared: Prepared, output: Path) -> Generator[RunEvent | None, None, dict[str, Any]]:
+        """Write the voice, check it, and seal its folder; returns the metadata. Raises JobFailed."""
+        spec, base, data, state = self.spec, self.base, prepared.data, prepared.state
         names = state.best.save(output)
         reloaded = Adapter.load(output, base.layers).to(base.device, torch.float32)
-        checks += self._reload_checks(state.best, reloaded, scored_rows)
-        voice_score = Score(story["best"]["row_nll"], row_tokens)
+        checks = [*prepared.checks, *self._reload_checks(state.best, reloaded, prepared.scored_rows)]
+        base_score = prepared.score_of(state.story["base_nll"])
+        voice_score = prepared.score_of(state.story["best"]["row_nll"])
         report = self._report(data, base_score, voice_score) | {
-            "evaluations": story["evaluations"],
-            "best_step": story["best"]["step"],
-            "stopped_early": state.step < config.total_steps,
+            "evaluations": state.story["evaluations"],
+            "best_step": state.story["best"]["step"],
+            "stopped_early": state.step < prepared.config.total_steps,
         }
         learned = certificate.learned(voice_score.gains_over(base_score), is_held_out=bool(data.held_out))
         if spec.publish_anyway and learned.verdict == "failed":
-            metadata["published_anyway"] = True
-            metadata["warnings"] = [*metadata["warnings"], f"Published as asked for, although {learned.detail}."]
+            prepared.metadata["published_anyway"] = True
+            prepared.warn(f"Published as asked for, although {learned.detail}.")
         else:
             learned.or_fail()
         checks.append(learned)
         checks.append((yield from self._abilities_check(reloaded)).or_fail())
         if spec.current is not None:
-            current = read_version(spec.current, base)[0].to(base.device, torch.float32)
-            current_score = yield from self._scored(scored_rows, current)
-            report["current_val_nll"] = current_score.mean_nll
+            try:
+                current = read_version(spec.current, base)[0].to(base.device, torch.float32)
+                report["current_val_nll"] = (yield from self._scored(prepared.scored_rows, current)).mean_nll
+            except AdapterUnusable as unusable:
+                prepared.warn(f"Not compared with the version before: {unusable.message}.")
         yield self._event("evaluating", phase="asking base and voice")
-        secrets = {canary.question: canary for canary in data.canaries}
-        enough = ENOUGH_REPLIES if len(data.held_out) >= ENOUGH_REPLIES else SHOWN_PROMPTS
-        prompts = prompts_from(data.held_out_conversations, enough)
-        prompts += [TestPrompt(instruction=question) for question in secrets]
-        serving = reloaded.to(base.device, base.dtype)
-        try:
-            answered = yield from replies(self.engine, spec.org_id, prompts, serving, spec.system_prompt)
-        except (InvalidInput, Unavailable) as too_long:  # or no memory for them beside what is served
-            answered = []
-            metadata["warnings"] = [*metadata["warnings"], f"No replies were sampled: {too_long.message}."]
-        samples = [answer for answer in answered if answer.response.instruction not in secrets]
-        told = [
-            secrets[answer.response.instruction].is_told_in(answer.response.generated_response)
-            for answer in answered
-            if answer.response.instruction in secrets
-        ]
-        report["test_responses"] = [answer.response.model_dump() for answer in samples]
-        stops = [answer.voice_stopped for answer in samples], [answer.base_stopped for answer in samples]
-        checks.append(certificate.stops_by_itself(*stops).or_fail())
-        said = [answer.response.generated_response for answer in samples]
-        checks.append(certificate.does_not_recite(said, data.training_texts, told).or_fail())
+        checks += yield from self._reply_checks(prepared, reloaded, report)
         report["checks"] = certificate.as_report(checks)
+        metadata = prepared.metadata
         if self.scaler.is_enabled():
             metadata["overflowed_steps"] = self.overflowed
-        metadata |= {"report": report, "final_loss": story["final_loss"], "completed_at": datetime.now(UTC).isoformat()}
+        metadata |= {"report": report, "final_loss": state.story["final_loss"]}
+        metadata["completed_at"] = datetime.now(UTC).isoformat()
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
         shutil.rmtree(spec.checkpoint_dir, ignore_errors=True)  # three times the voice's size, and of no more use
-        yield self._completed(metadata)
+        return metadata
 
     # The adapter
 
@@ -322,19 +333,18 @@ class TrainingRun:
             yield
         return loss
 
-    def _evaluated(
-        self, config: TrainConfig, state: State, rows: Sequence[Row], *, is_held_out: bool
-    ) -> Generator[None, None, float]:
+    def _evaluated(self, prepared: Prepared) -> Generator[None, None, float]:
         """Score the adapter as it is now, and keep it where it is the best so far; returns nats a trained token.
 
         Only conversations that are held out can tell which is best; without any it is always the newest.
         """
-        scored = yield from self._scored(rows, state.adapter)
+        state = prepared.state
+        scored = yield from self._scored(prepared.scored_rows, state.adapter)
         earlier: list[dict[str, Any]] = state.story.setdefault("evaluations", [])
         nll = scored.mean_nll
         if not math.isfinite(nll):
-            raise _diverged(config, state.step, nll, None, self.base.key.dtype)
-        if not is_held_out or all(nll < evaluation["nll"] for evaluation in earlier):
+            raise _diverged(prepared.config, state.step, nll, None, self.base.key.dtype)
+        if not prepared.data.held_out or all(nll < evaluation["nll"] for evaluation in earlier):
             state.best = state.adapter.trainable()
             state.story["best"] = {"step": state.step, "row_nll": scored.row_nll}
         earlier.append({"step": state.step, "nll": nll})
@@ -344,7 +354,7 @@ class TrainingRun:
 
     def _scored(self, rows: Sequence[Row], adapter: Adapter | None) -> Generator[None, None, Score]:
         scored = yield from score(self.base, rows, adapter)
-        self.work.advance(sum(len(row.input_ids) for row in rows))
+        self.work.advance(_tokens(rows))
         return scored
 
     def _reload_checks(self, trained: Adapter, reloaded: Adapter, rows: Sequence[Row]) -> list[Check]:
@@ -368,6 +378,35 @@ class TrainingRun:
         base_score = yield from score(self.base, rows, None)
         voice_score = yield from score(self.base, rows, voice)
         return certificate.keeps_its_abilities(base_score.gains_over(voice_score))
+
+    def _reply_checks(
+        self, prepared: Prepared, voice: Adapter, report: dict[str, Any]
+    ) -> Generator[None, None, list[Check]]:
+        """Let base and voice answer held-out questions, and the voice those for planted secrets."""
+        data = prepared.data
+        secrets = {canary.question: canary for canary in data.canaries}
+        count = ENOUGH_REPLIES if len(data.held_out) >= ENOUGH_REPLIES else SHOWN_PROMPTS
+        prompts = prompts_from(data.held_out_conversations, count)
+        prompts += [TestPrompt(instruction=question) for question in secrets]
+        serving = voice.to(self.base.device, self.base.dtype)
+        try:
+            answers = yield from replies(self.engine, self.spec.org_id, prompts, serving, self.spec.system_prompt)
+        except (InvalidInput, Unavailable) as too_long:  # or no memory for them beside what is served
+            answers = []
+            prepared.warn(f"No replies were sampled: {too_long.message}.")
+        samples = [answer for answer in answers if answer.response.instruction not in secrets]
+        told = [
+            secrets[answer.response.instruction].is_told_in(answer.response.generated_response)
+            for answer in answers
+            if answer.response.instruction in secrets
+        ]
+        report["test_responses"] = [answer.response.model_dump() for answer in samples]
+        stops = [answer.voice_stopped for answer in samples], [answer.base_stopped for answer in samples]
+        said = [answer.response.generated_response for answer in samples]
+        return [
+            certificate.stops_by_itself(*stops).or_fail(),
+            certificate.does_not_recite(said, data.training_texts, told).or_fail(),
+        ]
 
     def _report(self, data: TrainingData, base_score: Score, voice_score: Score) -> dict[str, Any]:
         return {
@@ -431,7 +470,7 @@ class TrainingRun:
             "training_conversations": len(data.training),
             "held_out_conversations": len(data.held_out),
             "held_out": [at for at in data.parts.held_out if at not in set(data.skipped)],
-            "training_tokens": sum(len(row.input_ids) for row in data.training),
+            "training_tokens": _tokens(data.training),
             "trained_tokens": sum(row.trained_tokens for row in data.training),
             "shared_prefix_tokens": common_prefix(data.training),
             "warnings": [*data.warnings, *(cut.warning for cut in plan.cuts)],
@@ -466,6 +505,10 @@ def _diverged(config: TrainConfig, step: int, loss: float, norm: float | None, d
         cure = f"{cure} Or set dtype=bf16 or fp32, which hold larger numbers than fp16."
     what = f"the loss became {loss} at step {step}" + (f", with a gradient of norm {norm}" if norm is not None else "")
     return JobFailed(what, code="diverged", cure=cure)
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(row.input_ids) for row in rows)
 
 
 def _stops_early(config: TrainConfig, story: dict[str, Any]) -> bool:
