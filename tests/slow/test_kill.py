@@ -97,7 +97,7 @@ def test_a_run_whose_host_is_killed_ends_with_the_same_bits(
         after = list(survivor.run(spec))
         assert said
     resumed_from = next(event["data"] for event in after if event["kind"] == "running").get("resumed_from_step")
-    if at != 4:  # which is killed before or after it has written the first checkpoint
-        assert (resumed_from is None) == (at in (1, 3))
+    kept = [event["data"]["step"] for event in before if event["kind"] == "checkpoint"]
+    assert (resumed_from or 0) >= max(kept, default=0), "a checkpoint that was told of is lost"
     losses, voice = losses_and_voice(before + after, spec)
     assert (losses, voice) == expected
