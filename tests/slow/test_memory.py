@@ -66,7 +66,7 @@ def version(base: Base, folder: Path, seed: int) -> AdapterRef:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_estimate_of_a_run_is_what_the_process_takes(dtype: str) -> None:
-    """Resident memory within 25% of the estimate; when it was written 7% under to 12% over."""
+    """Resident memory within 25% of the estimate."""
     device = base_module.detect_device()
     if device.kind != "cpu":
         pytest.skip("resident memory is a CPU's")
