@@ -20,7 +20,7 @@ SHARED = ("qmap1", "qmap2")  # the same table for all parameters, made anew with
 
 def new_optimizer(config: TrainConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     kinds: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over each tensor: `docs/log.md`
+        "adamw": partial(torch.optim.AdamW, fused=True),  # one pass over each tensor, not a dozen
         "adamw_8bit": AdamW8bit,
         "paged_adamw_8bit": PagedAdamW8bit,
     }
