@@ -42,8 +42,14 @@ class RunningHost:
         return dict(self.client.get("/health").json())
 
     def until(self, *states: str) -> dict[str, Any]:
-        eventually(self.socket.exists)
-        return dict(eventually(lambda: (health := self.health())["state"] in states and health))
+        def reached() -> dict[str, Any] | None:
+            try:
+                health = self.health()
+            except httpx.ConnectError:  # it has no socket yet, or nobody listens at it yet
+                return None
+            return health if health["state"] in states else None
+
+        return dict(eventually(reached))
 
     def generate(self, adapter: AdapterRef | None = None, **asked: Any) -> list[dict[str, Any]]:
         with self.client.stream("POST", "/generate", json=request(adapter, **asked)) as answer:
