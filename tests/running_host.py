@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -42,14 +43,13 @@ class RunningHost:
         return dict(self.client.get("/health").json())
 
     def until(self, *states: str) -> dict[str, Any]:
-        def reached() -> dict[str, Any] | None:
-            try:
-                health = self.health()
-            except httpx.ConnectError:  # it has no socket yet, or nobody listens at it yet
-                return None
-            return health if health["state"] in states else None
+        eventually(self.listens)
+        return dict(eventually(lambda: (health := self.health())["state"] in states and health))
 
-        return dict(eventually(reached))
+    def listens(self) -> bool:
+        """Its socket appears a moment before anybody listens at it."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.socket)) == 0
 
     def generate(self, adapter: AdapterRef | None = None, **asked: Any) -> list[dict[str, Any]]:
         with self.client.stream("POST", "/generate", json=request(adapter, **asked)) as answer:
