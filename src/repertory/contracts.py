@@ -17,6 +17,7 @@ Anything that is refused before its stream begins is answered with the status of
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -175,6 +176,40 @@ class Download(Contract):
         return f"{self.percent}% of {self.bytes_total / 1e6:.1f} MB"
 
 
+DURATION_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+
+
+class Durations(Contract):
+    """How long something took each time, as a histogram over DURATION_BOUNDS."""
+
+    counts: list[int] = [0] * (len(DURATION_BOUNDS) + 1)  # above the bound before, up to its own; the last above all
+    total_seconds: float = 0.0
+
+    def and_one(self, seconds: float) -> Durations:
+        at = bisect_left(DURATION_BOUNDS, seconds)
+        counts = [count + (place == at) for place, count in enumerate(self.counts)]
+        return Durations(counts=counts, total_seconds=self.total_seconds + seconds)
+
+
+class AdapterTier(Contract):
+    """The adapters in one place of a host's memory. Counts are since its start."""
+
+    resident: int = 0
+    bytes: int = 0
+    hits: int = 0  # sequences whose version was there when it was needed
+    misses: int = 0
+    evictions: int = 0  # to make room for another; not by unload
+    loads: Durations = Durations()  # into this tier, from the one below
+
+
+class HostStats(Contract):
+    """What /metrics tells of a host beside its health. Counts are since its start."""
+
+    steps: int = 0  # forward passes of serving
+    kv_cache_usage: float = Field(0.0, ge=0, le=1)  # of the bytes that the engine allows itself
+    adapters: dict[Literal["ram", "slots"], AdapterTier] = {}  # tiers; what is on disk the service knows
+
+
 class HostHealth(Contract):
     state: Literal["loading", "ready", "failed"]
     phase: str = ""  # while loading: what is going on, for people
@@ -188,6 +223,7 @@ class HostHealth(Contract):
     runs: list[str] = []  # training ids of the runs in progress
     memory_bytes: int = 0  # of the host process, or on CUDA of the device
     parameters: int = 0  # of the base model
+    stats: HostStats = HostStats()
 
 
 class AdapterRef(Contract):
@@ -211,6 +247,7 @@ class GenerateRequest(Contract):
     stop: list[str] = []
     seed: int | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)  # likeliest tokens to tell at each place; None: no logprobs
+    timeout_seconds: float | None = Field(None, gt=0)  # from its arrival at the host; an error ends it then
 
     @model_validator(mode="after")
     def something_to_answer(self) -> GenerateRequest:
@@ -220,9 +257,13 @@ class GenerateRequest(Contract):
 
 
 class Usage(Contract):
+    """What a sequence has taken so far."""
+
     prompt_tokens: int
     completion_tokens: int
     dropped_messages: int = 0  # oldest messages of the history that did not fit into the context
+    cached_tokens: int = 0  # of the prompt, whose keys and values were there already
+    queue_seconds: float = 0.0  # until it had a place in the batch
 
 
 class TokenLogprob(Contract):
@@ -239,8 +280,8 @@ class TokenChunk(Contract):
 
     text: str = ""
     logprobs: list[SampledToken] = []  # where asked for: of the tokens that the text is made of
-    finish_reason: Literal["stop", "length"] | None = None  # set on the last chunk, with usage
-    usage: Usage | None = None
+    finish_reason: Literal["stop", "length"] | None = None  # set on the last chunk
+    usage: Usage | None = None  # on every chunk but an error
     error: ErrorInfo | None = None  # instead of a finish_reason: the sequence died
 
 

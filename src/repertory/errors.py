@@ -4,7 +4,9 @@ RepertoryError
 ├── InvalidInput            422  the request cannot be carried out as written
 ├── NotFound                404  no such thing, or not yours
 ├── Conflict                409  the thing is not in a state for this
+├── TooManyRequests         429  an organisation's limit is reached; `retry_after_seconds` says when to come again
 ├── Unavailable             503  not now; `retry_after_seconds` says when
+├── DeadlineExceeded        504  the reply was not whole in the time that the request allows
 └── JobFailed               500  a training run ended without a voice
     ├── BaseModelUnavailable     the base model cannot be loaded
     ├── InsufficientMemory       the base model or the run does not fit the device
@@ -70,7 +72,14 @@ class RepertoryError(Exception):
         for kind in (BaseModelUnavailable, InsufficientMemory, StorageFailed, DataUnusable):
             if info.code == kind.code:
                 return kind(info.message, code=info.code, cure=info.cure, param=info.param)
-        kinds: dict[int, type[RepertoryError]] = {422: InvalidInput, 404: NotFound, 409: Conflict, 503: Unavailable}
+        kinds: dict[int, type[RepertoryError]] = {
+            422: InvalidInput,
+            404: NotFound,
+            409: Conflict,
+            429: TooManyRequests,
+            503: Unavailable,
+            504: DeadlineExceeded,
+        }
         kind_of_status = kinds.get(info.status, JobFailed)
         return kind_of_status(
             info.message,
@@ -105,6 +114,14 @@ class Conflict(RepertoryError):
     cure = "Read its present state first."
 
 
+class TooManyRequests(RepertoryError):
+    """The organisation has reached a limit of its own."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    cure = "Send the request again after the time in Retry-After, or ask the operator for a higher limit."
+
+
 class Unavailable(RepertoryError):
     """Not at this moment."""
 
@@ -114,6 +131,14 @@ class Unavailable(RepertoryError):
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None, **about: str | None) -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds or 2.0, **about)
+
+
+class DeadlineExceeded(RepertoryError):
+    """The reply was not whole in the time that the request allows."""
+
+    status = 504
+    code = "generation_timeout"
+    cure = "Ask for fewer max_tokens, or for more time with timeout_seconds."
 
 
 class JobFailed(RepertoryError):

@@ -67,7 +67,7 @@ class Sequence:
         elif len(self.output_ids) >= self.request.max_tokens:
             self._finish(text + self.text.rest(), "length")
         elif text:
-            self.emit(TokenChunk(text=text, logprobs=self._new_scores()))
+            self.emit(TokenChunk(text=text, logprobs=self._new_scores(), usage=self.usage))
 
     def _finish(self, text: str, reason: Any) -> None:
         self.is_finished = True

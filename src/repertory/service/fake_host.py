@@ -112,14 +112,12 @@ class FakeHost:
             words = ["Hello", " from", f" {speaker}"]
             if "long" in message.split():
                 words += [" la"] * (request.max_tokens - len(words))
-            for word in words[: request.max_tokens]:
-                time.sleep(WORD_SECONDS)
-                yield TokenChunk(text=word, logprobs=self._scores(word, request.top_logprobs))
             prompt = [said.content for said in request.messages] if request.prompt is None else [request.prompt]
-            used = Usage(
-                prompt_tokens=sum(len(said.split()) for said in prompt),
-                completion_tokens=min(len(words), request.max_tokens),
-            )
+            used = Usage(prompt_tokens=sum(len(said.split()) for said in prompt), completion_tokens=0)
+            for said, word in enumerate(words[: request.max_tokens], 1):
+                time.sleep(WORD_SECONDS)
+                used = used.model_copy(update={"completion_tokens": said})
+                yield TokenChunk(text=word, logprobs=self._scores(word, request.top_logprobs), usage=used)
             yield TokenChunk(finish_reason="length" if len(words) >= request.max_tokens else "stop", usage=used)
         finally:
             self._count(-1)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 import structlog
@@ -100,7 +101,7 @@ def error_body(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInfo] =
 def error_response(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInfo] = ()) -> JSONResponse:
     response = JSONResponse(error_body(info, request_id, problems), status_code=info.status)
     if info.retry_after_seconds is not None:
-        response.headers["retry-after"] = str(max(1, round(info.retry_after_seconds)))
+        response.headers["retry-after"] = str(max(1, ceil(info.retry_after_seconds)))  # never too early
     return response
 
 
@@ -180,7 +181,13 @@ def _of_routing(status: int) -> ErrorInfo:
 
 
 def _type(status: int) -> str:
-    types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
+    types = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        409: "conflict_error",
+        429: "rate_limit_error",
+    }
     if status >= 500:
         return "unavailable_error" if status == 503 else "server_error"
     return types.get(status, "invalid_request_error")
