@@ -124,12 +124,12 @@ def test_damaged_weights_are_refused(base: Base, tmp_path: Path) -> None:
 
 
 def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
-    """Three voices of different rank and layers, one of them twice, two rows of the bare base, and a prompt."""
+    """Three voices of different rank and layers, one of them twice, two rows of the bare base; prompts, and padding."""
     one, two = trained(base, rank=4, seed=1), trained(base, rank=6, seed=2)
     few = trained(base, "q_proj", rank=2, seed=3)
     rows = [two, None, one, few, two, None]
-    serving = Serving(rows, chunk=one, stacks=AdapterStacks())
-    owners = [*rows, one, one]
+    serving = Serving(rows, chunks=[(one, 2), (None, 3), (few, 1)], stacks=AdapterStacks())
+    owners = [*rows, one, one, None, None, None, few, None]
     for layer in base.layers.values():
         x = torch.randn(1, len(owners), layer.shape[0])
         with torch.inference_mode():
@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_not_served(base: Base, value: float) ->
 def test_rows_of_one_voice_need_no_stack(base: Base) -> None:
     voice = trained(base)
     stacks = AdapterStacks()
-    serving = Serving([voice, voice], None, stacks)
+    serving = Serving([voice, voice], [], stacks)
     layer = next(iter(base.layers.values()))
     x = torch.randn(1, 2, layer.shape[0])
     with torch.inference_mode():

@@ -147,14 +147,14 @@ class Engine:
         ids = [sequence.output_ids[-1] for sequence in step.decoding]
         pasts = tuple(sequence.cached_tokens for sequence in step.decoding)
         chunk = None
-        chunk_adapter = None
+        chunks: list[tuple[Adapter | None, int]] = []
         if step.prefilling is not None:
             begin = step.prefilling.cached_tokens
             ids += step.prefilling.prompt_ids[begin : begin + step.chunk_tokens]
             chunk = (begin, step.chunk_tokens)
-            chunk_adapter = step.prefilling.adapter
+            chunks.append((step.prefilling.adapter, step.chunk_tokens))
         layout = CachedRows(cache=self.cache, pasts=pasts, chunk=chunk, device=base.device)
-        routing = Serving([sequence.adapter for sequence in step.decoding], chunk_adapter, self.stacks)
+        routing = Serving([sequence.adapter for sequence in step.decoding], chunks, self.stacks)
         with base.passing(layout, routing):
             hidden = base.hidden(torch.tensor(ids, device=base.device), layout.positions)
         last = list(range(len(step.decoding)))

@@ -369,16 +369,19 @@ class _FusedLora(torch.autograd.Function):
 
 
 class Serving:
-    """Each token with the adapter of its voice: first one token of every decoding row, then a chunk of one prompt.
+    """Each token with the adapter of its voice: first one token of every decoding row, then chunks of prompts.
 
     All voices of the decoding rows take part in two products, over their weights side by side, so each is read once
     however many rows it has. In between a mask leaves to each row what is its own voice's, and nothing to a row of the
     bare base.
     """
 
-    def __init__(self, rows: Sequence[Adapter | None], chunk: Adapter | None, stacks: AdapterStacks) -> None:
+    def __init__(
+        self, rows: Sequence[Adapter | None], chunks: Sequence[tuple[Adapter | None, int]], stacks: AdapterStacks
+    ) -> None:
+        """`chunks`: of each, whose it is and how many tokens it has."""
         self.row_count = len(rows)
-        self.chunk = chunk
+        self.chunks = chunks
         self.voices = list({id(adapter): adapter for adapter in rows if adapter is not None}.values())
         self.stacks = stacks
         self._others: Tensor | None = None  # (rows, voices, 1), whose voice a row is not; None: one voice for all
@@ -397,8 +400,11 @@ class Serving:
             low_rank = F.linear(tokens[:rows], A).view(rows, len(self.voices), -1)
             # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
             corrected[:rows].addmm_(low_rank.masked_fill_(self._others, 0).view(rows, -1), B)
-        if self.chunk is not None:
-            _add_product([self.chunk], layer.name, tokens[rows:], corrected[rows:])
+        begin = rows
+        for voice, count in self.chunks:
+            if voice is not None:
+                _add_product([voice], layer.name, tokens[begin : begin + count], corrected[begin : begin + count])
+            begin += count
         return y
 
 
