@@ -49,6 +49,7 @@ class FakeHub:
         self.requests: list[Seen] = []
         self.status: int | None = None  # answer everything with this
         self.retry_after: str | None = None
+        self.is_silent = False  # take every request and answer none, until this is off again
         self.broken_answers = 0  # that many answers have status 503 first
         self.cut_after: int | None = None  # bytes of a large file per connection
         self.cuts = 10**9  # how often
@@ -113,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("authorization")
         is_storage = self.server.is_storage
         hub.requests.append(Seen("GET", path, authorization, self.headers.get("range"), is_storage))
+        while hub.is_silent and not hub.stopped.wait(0.05):
+            pass
         if hub.status is not None or hub.broken_answers:
             hub.broken_answers = max(hub.broken_answers - 1, 0)
             more = {"Retry-After": hub.retry_after} if hub.retry_after else {}

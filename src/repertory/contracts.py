@@ -8,6 +8,7 @@ A host speaks HTTP over a Unix socket:
     DELETE /runs/{id}         -> {} once the run has really stopped and its memory is free; 404 if there is none
     POST   /evaluate          EvaluateRequest -> Evaluation
     POST   /estimate          EstimateRequest -> Estimate; also for a base model that this host does not hold
+    POST   /hub/check         BaseKey -> {}; refused if the hub tells, within seconds, that it cannot be trained on
     POST   /preview           PreviewRequest -> Preview; likewise
     POST   /adapters/load     AdapterRef -> {}
     POST   /adapters/unload   AdapterRef -> {}

@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
-from repertory import base_models
+from repertory import architectures, base_models
 from repertory.errors import Conflict
 from repertory.settings import Settings
 from repertory_fixtures import conversation
@@ -62,8 +62,7 @@ def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFacto
 def sound_again(hub: FakeHub) -> Iterator[None]:
     """Each test finds a hub that behaves."""
     yield
-    for switch, sound in (("cut_after", None), ("cuts", 10**9), ("stall_after", None), ("bytes_per_second", None)):
-        setattr(hub, switch, sound)
+    hub.cut_after, hub.cuts, hub.stall_after, hub.bytes_per_second, hub.is_silent = None, 10**9, None, None, False
 
 
 def failure(service: RunningService, base_model: str) -> dict[str, Any]:
@@ -121,6 +120,54 @@ def test_a_model_registered_while_the_service_runs_becomes_a_voice_and_is_then_n
     service.trained("registered", base_model="local/parrot", **JOB)
     with pytest.raises(Conflict, match="1 voices stand on local/parrot"):
         base_models.remove("local/parrot", settings, print)
+
+
+def refusal(service: RunningService, base_model: str) -> dict[str, Any]:
+    answer = service.client.post("/training/start", json={"org_id": "refused", "base_model": base_model, **JOB})
+    assert answer.status_code == 422, answer.text
+    assert service.client.get("/training/jobs/refused").json() == {"jobs": []}
+    error: dict[str, Any] = answer.json()["error"]
+    assert error["param"] == "base_model"
+    return error
+
+
+def mamba(original: Path, folder: Path) -> Path:
+    """A repository of an architecture that is not supported."""
+    shutil.copytree(original, folder)
+    (folder / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
+    return folder
+
+
+def test_an_unsupported_architecture_is_refused_at_submit_with_the_list(
+    service: RunningService, hub: FakeHub, original: Path, tmp_path: Path
+) -> None:
+    hub.add("acme/mamba", mamba(original, tmp_path / "mamba"))
+    error = refusal(service, "acme/mamba")
+    assert error["code"] == "unsupported_architecture"
+    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
+    assert not (service.folder / "cache/hub/acme/mamba").exists()
+
+
+def test_a_model_or_revision_that_the_hub_has_not_is_refused_at_submit(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    hub.add("acme/known", original)
+    assert refusal(service, "acme/nowhere")["code"] == "base_model_not_found"
+    assert refusal(service, "acme/known@v9")["code"] == "revision_not_found"
+
+
+def test_a_hub_that_is_silent_at_submit_refuses_when_the_job_is_prepared(
+    service: RunningService, hub: FakeHub, original: Path, tmp_path: Path
+) -> None:
+    hub.add("acme/mute", mamba(original, tmp_path / "mamba"))
+    hub.is_silent = True
+    began = time.monotonic()
+    training_id = service.train("silent", base_model="acme/mute", **JOB)
+    assert time.monotonic() - began < 10
+    hub.is_silent = False
+    error = service.until(training_id, "failed", "completed")["error"]
+    assert error["code"] == "unsupported_architecture"
+    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
 
 
 def test_a_download_that_is_cut_once_goes_on(service: RunningService, hub: FakeHub, tmp_path: Path) -> None:

@@ -15,19 +15,17 @@ import pytest
 
 import exports
 from fake_hub import running_hub
-from repertory import architectures
 from repertory.data.history import Entry
 from repertory_fixtures import conversation
 from running_service import RunningService, eventually
 
+GATED = "meta-llama/Llama-2-7b-chat-hf"
+
 
 @pytest.fixture(scope="module")
 def service(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    repository = tmp_path_factory.mktemp("repository")
-    shutil.copy(cache / "tiny/llama-gqa/model.safetensors", repository)
-    (repository / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
     with running_hub() as hub:
-        hub.add("acme/mamba", repository)
+        hub.add(GATED, cache / "tiny/llama-gqa", is_gated=True)
         running = RunningService(
             tmp_path_factory.mktemp("service"),
             HOST_MODULE="repertory.model.host",
@@ -118,10 +116,13 @@ def test_a_base_model_that_is_not_in_memory_is_estimated_without_loading_it(serv
     assert told["seconds"] is None
     assert told["peak_memory_bytes"] > 0
     assert len(service.client.get("/health").json()["hosts"]) == hosts
-    missing = service.client.post("/training/estimate", json=body | {"base_model": "meta-llama/Llama-2-7b-chat-hf"})
-    assert missing.status_code == 503
+    gated = service.client.post("/training/estimate", json=body | {"base_model": GATED})
+    assert gated.status_code == 503
+    assert gated.json()["error"]["code"] == "base_model_gated"
+    assert "HUGGINGFACE_TOKEN" in gated.json()["error"]["cure"]
+    missing = service.client.post("/training/estimate", json=body | {"base_model": "acme/nowhere"})
+    assert missing.status_code == 422
     assert missing.json()["error"]["code"] == "base_model_not_found"
-    assert "HUGGINGFACE_TOKEN" in missing.json()["error"]["cure"]
     endless = [{"role": "user", "content": "sing"}, {"role": "assistant", "content": "arr " * 900}]
     too_long = service.client.post("/training/estimate", json=body | {"conversations": [{"messages": endless}]})
     assert too_long.status_code == 422
@@ -330,11 +331,11 @@ def test_a_killed_service_loses_nothing_and_leaves_no_host(service: RunningServi
 
 
 def test_a_base_model_that_cannot_be_had_fails_the_job_with_its_name_reason_and_cure(service: RunningService) -> None:
-    training_id = service.train("org_123", base_model="meta-llama/Llama-2-7b-chat-hf")
+    training_id = service.train("org_123", base_model=GATED)
     job = service.until(training_id, "failed", "completed")
     assert job["status"] == "failed"
-    assert job["error"]["code"] == "base_model_not_found"
-    assert "meta-llama/Llama-2-7b-chat-hf" in job["error"]["message"]
+    assert job["error"]["code"] == "base_model_gated"
+    assert GATED in job["error"]["message"]
     assert "HUGGINGFACE_TOKEN" in job["error"]["cure"]
 
 
@@ -368,13 +369,3 @@ def test_nothing_is_left_behind_in_the_temporary_folder(service: RunningService)
     assert not any(folder.exists() for folder in folders)
     service.start()
     service.until_ready()
-
-
-def test_an_unsupported_architecture_that_is_on_the_hub_alone_fails_its_job_with_the_list(
-    service: RunningService,
-) -> None:
-    training_id = service.train("org", base_model="acme/mamba")
-    eventually(lambda: service.status(training_id)["status"] == "failed")
-    error = service.status(training_id)["error"]
-    assert error["code"] == "unsupported_architecture"
-    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())

@@ -562,3 +562,59 @@ def test_files_in_the_list_with_a_path_are_left_out(hub: FakeHub, cache: Path, s
     ]
     folder = fetch(settings_for(hub, cache)).folder
     assert {path.name for path in folder.iterdir()} == {path.name for path in single.iterdir()}
+
+
+# What is asked when a job is sent
+
+
+def test_a_model_that_only_the_hub_knows_is_checked_by_its_config_alone(
+    hub: FakeHub, cache: Path, sharded: Path
+) -> None:
+    hub.add(NAME, sharded)
+    weights.check_on_hub(key(), settings_for(hub, cache))
+    assert [seen.path.rpartition("/")[2] for seen in hub.requests] == ["main", "config.json"]
+    assert not cache.exists()
+
+
+UNUSABLE = {
+    "unsupported_architecture": {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+    "unsupported_quantization": {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+    "remote_code_required": {"model_type": "evil", "auto_map": {"AutoModel": "evil.Model"}},
+    "unsafe_weights": {"model_type": "llama", "hidden_size": 10**9},
+}
+
+
+@pytest.mark.parametrize("code", UNUSABLE)
+def test_a_model_that_can_never_be_trained_on_is_told_by_its_config(
+    hub: FakeHub, cache: Path, single: Path, tmp_path: Path, code: str
+) -> None:
+    repository = shutil.copytree(single, tmp_path / "repository")
+    (repository / "config.json").write_text(json.dumps(UNUSABLE[code]))
+    hub.add(NAME, repository)
+    with pytest.raises(BaseModelUnavailable) as refused:
+        weights.check_on_hub(key(), settings_for(hub, cache))
+    assert refused.value.code == code
+
+
+class Drip(httpx.SyncByteStream):
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            time.sleep(0.02)
+            yield b" "
+
+
+@pytest.mark.parametrize("kind", ["silence", "a byte now and then"])
+def test_a_hub_that_gives_no_answer_is_waited_for_no_longer_than_said(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "silence":
+        hub.is_silent = True
+    else:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Drip()))
+        monkeypatch.setattr(Hub, "_client", lambda self, name: httpx.Client(transport=transport))
+    monkeypatch.setattr(weights, "QUESTION_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(BaseModelUnavailable) as refused:
+        weights.check_on_hub(key(), settings_for(hub, cache))
+    assert refused.value.code == "base_model_unavailable"
+    assert time.monotonic() - began < 5

@@ -170,6 +170,19 @@ def test_an_unsupported_architecture_is_refused_with_the_list_of_what_is_support
     assert service.client.get("/training/jobs/unsupported").json() == {"jobs": []}
 
 
+@pytest.mark.parametrize("call", ["start", "estimate"])
+def test_an_unsupported_architecture_that_only_the_hub_knows_is_refused_with_the_list(
+    service: RunningService, call: str
+) -> None:
+    body = START | {"org_id": "unsupported", "base_model": "acme/unsupported"}
+    answer = service.client.post(f"/training/{call}", json=body)
+    assert answer.status_code == 422
+    error = error_of(answer)
+    assert (error["code"], error["param"]) == ("unsupported_architecture", "base_model")
+    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
+    assert service.client.get("/training/jobs/unsupported").json() == {"jobs": []}
+
+
 def test_a_supported_architecture_is_accepted(service: RunningService) -> None:
     folder = service.folder / "models" / "cache" / "supported" / "llama"
     folder.mkdir(parents=True)

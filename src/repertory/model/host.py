@@ -16,6 +16,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; /health must answer before
     from repertory.model.loop import DeviceLoop
 
 HEARTBEAT_SECONDS = 2.0
+ASKERS = 8  # that may wait for a hub at once
 TERMINAL = ("completed", "failed", "cancelled")
 
 log = structlog.get_logger()
@@ -166,6 +168,9 @@ class Host:
 
 
 def make_app(host: Host) -> Starlette:
+    # Who waits for a hub does not take the threads that replies and runs are prepared in.
+    askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="hub")
+
     async def health(_: Request) -> Response:
         return _json(host.health)
 
@@ -229,15 +234,22 @@ def make_app(host: Host) -> Starlette:
     async def estimate(request: Request) -> Response:
         asked = await _body(request, EstimateRequest)
         loop = host.loop
-        outline, renderer = await asyncio.to_thread(host.outline, asked.key)
+        outline, renderer = await asyncio.get_running_loop().run_in_executor(askers, host.outline, asked.key)
         answer = await asyncio.wrap_future(loop.estimate(outline, renderer, asked))
         return _json(answer)
+
+    async def check_on_hub(request: Request) -> Response:
+        from repertory.model import weights
+
+        asked = await _body(request, BaseKey)
+        await asyncio.get_running_loop().run_in_executor(askers, weights.check_on_hub, asked, settings())
+        return JSONResponse({})
 
     async def preview(request: Request) -> Response:
         from repertory.model.preview import preview
 
         asked = await _body(request, PreviewRequest)
-        outline, renderer = await asyncio.to_thread(host.outline, asked.key)
+        outline, renderer = await asyncio.get_running_loop().run_in_executor(askers, host.outline, asked.key)
         return _json(await asyncio.to_thread(preview, outline, renderer, asked))
 
     async def load_adapter(request: Request) -> Response:
@@ -262,6 +274,7 @@ def make_app(host: Host) -> Starlette:
             Route("/runs/{training_id}", stop_run, methods=["DELETE"]),
             Route("/evaluate", evaluate, methods=["POST"]),
             Route("/estimate", estimate, methods=["POST"]),
+            Route("/hub/check", check_on_hub, methods=["POST"]),
             Route("/preview", preview, methods=["POST"]),
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -40,7 +41,6 @@ FIRST_BACKOFF_SECONDS = 0.5  # doubles with each of them
 LONGEST_RETRY_AFTER_SECONDS = 60.0  # a hub that asks for more is told of, not waited for
 FRUITFUL_BYTES = 1 << 16  # an attempt that brings this much is no failure, however it ends
 SLOWEST_BYTES_PER_SECOND = 1024  # over the time-out; below, a connection counts as stalled
-CHUNK_BYTES = 1 << 18
 TELL_SECONDS = 0.5
 MAX_REDIRECTS = 5
 MAX_DESCRIPTION_BYTES = 256 << 20  # of one file that is not weights; the largest tokenizers have some 35 MB
@@ -59,6 +59,15 @@ UNUSABLE_ENVIRONMENT = (ImportError, OSError, ValueError, httpx.InvalidURL)
 RETRIED = {408, 429, 500, 502, 503, 504}
 
 Tell = Callable[[Download], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a hub is waited for."""
+
+    timeout_seconds: float  # in which it must bring something
+    attempts: int = ATTEMPTS  # in a row that bring nothing to speak of
+    until: float = math.inf  # time.monotonic() at which everything must be over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +141,12 @@ class Snapshot:
 class Hub:
     """The hub that HF_ENDPOINT names."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, patience: Patience | None = None) -> None:
+        """Without a `patience` as long as a download deserves."""
         self._endpoint = settings.hf_endpoint.rstrip("/")
         self._token = settings.huggingface_token
         self._is_offline = settings.hf_hub_offline
-        self._timeout_seconds = float(settings.hf_hub_download_timeout)
+        self.patience = patience or Patience(timeout_seconds=settings.hf_hub_download_timeout)
         self._catalogue = Catalogue(settings.model_cache_dir)
 
     def fetch(
@@ -177,9 +187,20 @@ class Hub:
                     self._file(client, snapshot, file, folder, Progress(snapshot.commit, 0))
         return folder
 
+    def bring_config(self, name: str, revision: str | None, folder: Path) -> None:
+        """config.json alone, into a folder of the caller's; nothing in the cache changes.
+
+        Raises BaseModelUnavailable, also where the list of the model's files tells that it could not be loaded.
+        """
+        with self._client(name) as client:
+            snapshot = self._resolved(client, name, revision)
+            snapshot.check()
+            self._file(client, snapshot, snapshot.files["config.json"], folder, Progress(snapshot.commit, 0))
+
     def _client(self, name: str) -> httpx.Client:
         self._unless_offline(name)
-        timeout = httpx.Timeout(self._timeout_seconds, connect=min(CONNECT_SECONDS, self._timeout_seconds))
+        seconds = self.patience.timeout_seconds
+        timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
             return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})
         except UNUSABLE_ENVIRONMENT as error:
@@ -212,8 +233,10 @@ class Hub:
         while attempts.go_on():
             with attempts.tried(), self._get(client, url, name, asked) as response:
                 answer.clear()
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                pace = Pace(self.patience)
+                for chunk in response.iter_bytes():
                     answer += chunk
+                    pace.check(len(chunk))
                     if len(answer) > MAX_ANSWER_BYTES:
                         raise self._no_hub(name)
         try:
@@ -278,7 +301,7 @@ class Hub:
             if begun and response.status_code != httpx.codes.PARTIAL_CONTENT:
                 progress.add(-begun)  # a server that sends all of it once more
                 begun = 0
-            pace = Pace(self._timeout_seconds)
+            pace = Pace(self.patience)
             try:
                 with part.open("r+b" if begun else "wb") as out:
                     out.seek(begun)
@@ -381,14 +404,15 @@ class Hub:
             )
         if isinstance(error, httpx.ReadTimeout | Stalled):
             return BaseModelUnavailable(
-                f"{name} could not be downloaded: the hub sends nothing to speak of for {self._timeout_seconds:g}"
-                f" seconds, {ATTEMPTS} times in a row",
+                f"{name} could not be downloaded: the hub sends nothing to speak of for"
+                f" {self.patience.timeout_seconds:g} seconds, {self.patience.attempts} times in a row",
                 cure="Start the job again when the network is better: what has been downloaded is kept."
                 f" HF_HUB_DOWNLOAD_TIMEOUT sets the seconds. {self._other_ways(name)}",
             )
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
             return BaseModelUnavailable(
-                f"{name} could not be downloaded: the connection to the hub was cut {ATTEMPTS} times in a row",
+                f"{name} could not be downloaded: the connection to the hub was cut"
+                f" {self.patience.attempts} times in a row",
                 cure=f"Start the job again: what has been downloaded is kept. {self._other_ways(name)}",
             )
         return self._unreachable(name, error)
@@ -463,9 +487,10 @@ class Attempts:
         except (httpx.RequestError, Refused, Stalled) as error:
             self.fruitless = 0 if self.bytes_brought >= FRUITFUL_BYTES else self.fruitless + 1
             asked = error.retry_after if isinstance(error, Refused) else 0.0
-            if self.fruitless >= ATTEMPTS or asked > LONGEST_RETRY_AFTER_SECONDS:
-                raise self.hub.exhausted(self.name, error) from error
             self.wait_seconds = max(asked, FIRST_BACKOFF_SECONDS * 2 ** max(self.fruitless - 1, 0))
+            is_over = time.monotonic() + self.wait_seconds > self.hub.patience.until
+            if is_over or self.fruitless >= self.hub.patience.attempts or asked > LONGEST_RETRY_AFTER_SECONDS:
+                raise self.hub.exhausted(self.name, error) from error
         else:
             self.is_done = True
 
@@ -474,17 +499,20 @@ class Attempts:
 class Pace:
     """Notices a connection that is kept alive without bringing anything."""
 
-    timeout_seconds: float
+    patience: Patience
     since: float = field(default_factory=time.monotonic)
     count: int = 0
 
     def check(self, count: int) -> None:
         self.count += count
-        seconds = time.monotonic() - self.since
-        if seconds >= self.timeout_seconds:
+        now = time.monotonic()
+        if now > self.patience.until:
+            raise Stalled
+        seconds = now - self.since
+        if seconds >= self.patience.timeout_seconds:
             if self.count < SLOWEST_BYTES_PER_SECOND * seconds:
                 raise Stalled
-            self.since, self.count = time.monotonic(), 0
+            self.since, self.count = now, 0
 
 
 @dataclass

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from repertory.catalogue import HUB_NAME, Catalogue
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Download
 from repertory.errors import BaseModelUnavailable
 from repertory.model import bundled
-from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, shards_in, without_safetensors
+from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, Patience, shards_in, without_safetensors
 from repertory.settings import Settings
 
+QUESTION_SECONDS = 4.0  # somebody waits for the answer; a hub that is well takes a fraction of one
 FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest of well-known models, with tools, has some 20 KB
 MAX_LAYERS = 1024
@@ -98,6 +101,20 @@ def locate_outline(key: BaseKey, settings: Settings) -> Path:
             folder = Hub(settings).describe(key.base_model, key.revision)
     check_described(key.base_model, folder, settings)
     return folder
+
+
+def check_on_hub(key: BaseKey, settings: Settings) -> None:
+    """All that the hub can tell within seconds of a base model that is not on this machine.
+
+    Raises BaseModelUnavailable, also where it does not answer in time.
+    """
+    until = time.monotonic() + QUESTION_SECONDS
+    patience = Patience(
+        timeout_seconds=min(QUESTION_SECONDS, settings.hf_hub_download_timeout), attempts=1, until=until
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Hub(settings, patience).bring_config(key.base_model, key.revision, Path(folder))
+        check_described(key.base_model, Path(folder), settings)
 
 
 def check_described(name: str, folder: Path, settings: Settings) -> None:

@@ -1,5 +1,5 @@
 """Which base models a caller may name: those of the hub or the cache by name, nothing outside the cache by path, and
-none of an architecture that is known not to be supported.
+none that is known not to be supported.
 """
 
 from __future__ import annotations
@@ -7,9 +7,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from repertory import architectures
-from repertory.catalogue import MAX_CHARACTERS, Catalogue, is_allowed, is_name
+from repertory.catalogue import HUB_NAME, LOCAL, MAX_CHARACTERS, Catalogue, is_allowed, is_name
 from repertory.errors import InvalidInput
 from repertory.settings import Settings
+
+# What is wrong with a base model itself, whoever asks and when: another one must be named. Anything else may pass: a
+# hub comes back, a licence is accepted.
+UNUSABLE = frozenset(
+    {
+        architectures.CODE,
+        "base_model_not_found",
+        "revision_not_found",
+        "remote_code_required",
+        "template_unusable",
+        "unsafe_path",
+        "unsafe_weights",
+        "unsupported_quantization",
+    }
+)
 
 
 def allowed_base_model(asked: str, settings: Settings) -> str:
@@ -37,13 +52,16 @@ def allowed_base_model(asked: str, settings: Settings) -> str:
 
 
 def check_architecture(name: str, settings: Settings) -> None:
-    """Of a base model whose folder is here; what must first be downloaded is for its host to check.
-
-    Raises InvalidInput.
-    """
+    """Of a base model whose folder is here. Raises InvalidInput."""
     folder = Catalogue(settings.model_cache_dir).folder(name)
     if folder is not None and (problem := architectures.problem_with(name, folder, settings)):
         raise InvalidInput(problem, code=architectures.CODE, cure=architectures.CURE, param="base_model")
+
+
+def is_on_hub_alone(name: str, settings: Settings) -> bool:
+    """Whether only a hub can tell what `name` is."""
+    is_hubs = HUB_NAME.fullmatch(name.partition("@")[0]) is not None and not name.startswith(f"{LOCAL}/")
+    return is_hubs and Catalogue(settings.model_cache_dir).folder(name) is None
 
 
 def _name_inside(cache: Path, asked: str) -> str | None:

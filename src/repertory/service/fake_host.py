@@ -8,7 +8,7 @@ What it plays depends on the base model's name:
     …large          needs all memory for itself       …crash-once    dies at step 8 of a run that is not resumed
     …too-large      needs more than there is          …fail          every run fails at step 3
     …dies           dies while loading                …damaged       the adapter's files are not whole
-    …slow           takes a second to load
+    …slow           takes a second to load            …unsupported   is refused when its hub is asked
 
 and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (default 0.02). A message with the word
 "long" is answered with max_tokens words, at 50 a second; one with "die" kills the host.
@@ -24,15 +24,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
+from typing import TypeVar
 
 from pydantic import BaseModel
 
-from repertory import manifest
+from repertory import architectures, manifest
 from repertory.contracts import (
     AdapterRef,
     BaseKey,
@@ -65,6 +66,8 @@ STEP_SECONDS = float(os.environ.get("FAKE_HOST_STEP_SECONDS", "0.02"))
 WORD_SECONDS = 0.02
 STEPS_PER_CHECKPOINT = 5
 DEVICE = Device(kind="cpu", name="fake", memory_bytes=1 << 30, has_bf16=False)
+
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class FakeHost:
@@ -172,8 +175,7 @@ class FakeHost:
 
     def estimate(self, request: EstimateRequest) -> Estimate:
         """A token for each word, and a gibibyte of memory; a model that is too large takes seven."""
-        if request.key.base_model.endswith("unavailable"):
-            raise BaseModelUnavailable(f"{request.key.base_model} is not in the cache, and no hub is.")
+        self.check_on_hub(request.key)
         conversations = request.conversations
         if conversations is None:
             conversations = read_conversations(Path(request.conversations_path or ""))
@@ -195,6 +197,17 @@ class FakeHost:
             advice=[] if fits else ["Choose a smaller base model."],
             hyperparameters=request.hyperparameters.model_dump(exclude_none=True),
         )
+
+    def check_on_hub(self, key: BaseKey) -> None:
+        """Of a hub that knows every name and is out of reach for some."""
+        if key.base_model.endswith("unavailable"):
+            raise BaseModelUnavailable(f"{key.base_model} is not in the cache, and no hub is.")
+        if key.base_model.endswith("unsupported"):
+            raise BaseModelUnavailable(
+                f"the architecture of {key.base_model} is not supported",
+                code=architectures.CODE,
+                cure=architectures.CURE,
+            )
 
     def preview(self, request: PreviewRequest) -> Preview:
         """A line for each message; the assistant's are learned."""
@@ -319,7 +332,9 @@ class Handler(BaseHTTPRequestHandler):
             case "/evaluate":
                 self._answer(host.evaluate(EvaluateRequest.model_validate_json(body)))
             case "/estimate":
-                self._estimated(EstimateRequest.model_validate_json(body))
+                self._answer_or_refuse(host.estimate, EstimateRequest.model_validate_json(body))
+            case "/hub/check":
+                self._answer_or_refuse(host.check_on_hub, BaseKey.model_validate_json(body))
             case "/preview":
                 self._answer(host.preview(PreviewRequest.model_validate_json(body)))
             case "/adapters/load":
@@ -337,9 +352,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _estimated(self, request: EstimateRequest) -> None:
+    def _answer_or_refuse(self, answer: Callable[[Asked], BaseModel | None], asked: Asked) -> None:
         try:
-            self._answer(self.server.host.estimate(request))
+            self._answer(answer(asked))
         except RepertoryError as error:
             self._answer(Refusal(error=error.info), status=error.status)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from repertory.contracts import (
     AdapterRef,
+    BaseKey,
     Estimate,
     EstimateRequest,
     EvaluateRequest,
@@ -32,6 +33,7 @@ SILENCE_SECONDS = 60.0  # a run sends a heartbeat every 2 seconds; a host quiet 
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 STOP_SECONDS = 60.0  # two micro-steps of a large model on a slow device
+HUB_SECONDS = 10.0  # more than a host gives the hub for an answer
 TOKEN_SECONDS = 300.0  # between two pieces of a reply, of which the first waits for queue and prompt
 
 BASE_URL = "http://host"  # a name that goes into the Host header, and nowhere
@@ -109,6 +111,10 @@ class HostClient:
 
     async def estimate(self, request: EstimateRequest) -> Estimate:
         return Estimate.model_validate_json(await self._post("/estimate", request, timeout_seconds=None))
+
+    async def check_on_hub(self, key: BaseKey) -> None:
+        """Raises what the hub's answer means, and Unavailable or JobFailed where it gave none."""
+        await self._post("/hub/check", key, timeout_seconds=HUB_SECONDS)
 
     async def preview(self, request: PreviewRequest) -> Preview:
         return Preview.model_validate_json(await self._post("/preview", request, timeout_seconds=None))

@@ -10,11 +10,10 @@ from starlette.concurrency import run_in_threadpool
 
 from repertory.contracts import OrgId, Preview, PreviewRequest
 from repertory.data.imports import ImportOptions
-from repertory.errors import JobFailed
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
-from repertory.service.api.replies import unavailable
+from repertory.service.api.replies import any_host
 from repertory.service.api.schemas import (
     Consent,
     DatasetAccepted,
@@ -112,23 +111,14 @@ async def preview(
     wanted = settings.default_base_model if base_model is None else allowed_base_model(base_model, settings)
     dataset, summary = await run_in_threadpool(service.imports.ready, dataset_id, org_id)
     conversations = await run_in_threadpool(service.imports.conversations, dataset, count)
-    try:
-        key = service.hosts.key(wanted, settings.hyperparameters)
-        host = service.hosts.acquire_any(key)
-    except JobFailed as error:
-        raise unavailable(error) from error
-    request = PreviewRequest(
-        key=key,
-        conversations=conversations,
-        hyperparameters=settings.hyperparameters,
-        system_prompt=summary.system_prompt,
-    )
-    try:
-        return await host.client.preview(request)
-    except JobFailed as error:
-        raise unavailable(error) from error
-    finally:
-        service.hosts.release(host)
+    with any_host(service, wanted, settings.hyperparameters) as (host, key):
+        request = PreviewRequest(
+            key=key,
+            conversations=conversations,
+            hyperparameters=settings.hyperparameters,
+            system_prompt=summary.system_prompt,
+        )
+        return await host.preview(request)
 
 
 @router.post("/{dataset_id}/prepare", status_code=202)

@@ -14,8 +14,10 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, TokenChunk
-from repertory.errors import JobFailed, Unavailable
+from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, Hyperparameters, TokenChunk
+from repertory.errors import InvalidInput, JobFailed, Unavailable
+from repertory.service.base_model import UNUSABLE
+from repertory.service.host_client import HostClient
 from repertory.service.hosts import Host
 from repertory.service.models import Version
 from repertory.service.service import Service
@@ -53,6 +55,29 @@ def ready_host(service: Service, key: BaseKey) -> Iterator[Host]:
         raise unavailable(error) from error
     try:
         yield host
+    finally:
+        service.hosts.release(host)
+
+
+@contextmanager
+def any_host(
+    service: Service, base_model: str, hyperparameters: Hyperparameters
+) -> Iterator[tuple[HostClient, BaseKey]]:
+    """A host that is ready, for what any of them can tell of a base model that need not be in memory.
+
+    Raises Unavailable, and InvalidInput where the host says that this base model can never be used.
+    """
+    try:
+        key = service.hosts.key(base_model, hyperparameters)
+        host = service.hosts.acquire_any(key)
+    except JobFailed as error:
+        raise unavailable(error) from error
+    try:
+        yield host.client, key
+    except JobFailed as error:
+        if error.code in UNUSABLE:
+            raise InvalidInput(error.message, code=error.code, cure=error.cure, param="base_model") from error
+        raise unavailable(error) from error
     finally:
         service.hosts.release(host)
 

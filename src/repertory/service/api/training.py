@@ -8,15 +8,16 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 import anyio
+import structlog
 from fastapi import APIRouter, Depends, Header, Response
 from starlette.concurrency import run_in_threadpool
 
 from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateRequest
 from repertory.data.imports import ImportSummary
-from repertory.errors import DataUnusable, InvalidInput, JobFailed
+from repertory.errors import DataUnusable, InvalidInput, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import OrgIdPath, ServiceDep
-from repertory.service.api.replies import ready_host, unavailable
+from repertory.service.api.replies import any_host, ready_host
 from repertory.service.api.schemas import (
     EvaluateModel,
     JobError,
@@ -27,11 +28,12 @@ from repertory.service.api.schemas import (
     TrainingStarted,
     TrainingStatus,
 )
-from repertory.service.base_model import allowed_base_model, check_architecture
-from repertory.service.jobs import FEW_CONVERSATIONS, Job, JobConfig, Status, Submission, request_hash
+from repertory.service.base_model import allowed_base_model, check_architecture, is_on_hub_alone
+from repertory.service.jobs import FEW_CONVERSATIONS, Accepted, Job, JobConfig, Status, Submission, request_hash
 from repertory.service.models import BASE, Version
 from repertory.service.service import Service
 
+log = structlog.get_logger()
 router = APIRouter(prefix="/training", tags=["training"])
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -39,7 +41,7 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 @router.post("/start")
-def start(
+async def start(
     service: ServiceDep,
     response: Response,
     body: Annotated[StartTraining, Depends(body_of(StartTraining))],
@@ -53,8 +55,8 @@ def start(
             param="Idempotency-Key",
         )
     # Before anything else: what was asked for then (a dataset, a version) may be gone by now.
-    earlier = service.jobs.earlier(body.org_id, idempotency_key, _hash(body))
-    accepted = earlier or service.jobs.submit(_submission(body, service, idempotency_key))
+    earlier = await run_in_threadpool(_earlier, body, service, idempotency_key)
+    accepted = earlier or await _accept(body, service, idempotency_key)
     service.dispatcher.wake()
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -68,28 +70,20 @@ async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(b
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
     submission = await run_in_threadpool(_submission, body, service, None)
     config = submission.config
-    try:
-        key = service.hosts.key(submission.base_model, config.hyperparameters)
-        host = service.hosts.acquire_any(key)
-    except JobFailed as error:
-        raise unavailable(error) from error
     on_dataset = None if submission.dataset_id is None else service.imports.get(submission.dataset_id, body.org_id)
-    request = EstimateRequest(
-        key=key,
-        conversations=body.conversations,
-        conversations_path=None if on_dataset is None else str(service.imports.conversations_path(on_dataset)),
-        hyperparameters=config.hyperparameters,
-        validation_split=config.validation_split,
-        system_prompt=config.system_prompt,
-    )
-    try:
-        return await host.client.estimate(request)
-    except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
-        raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
-    except JobFailed as error:
-        raise unavailable(error) from error
-    finally:
-        service.hosts.release(host)
+    with any_host(service, submission.base_model, config.hyperparameters) as (host, key):
+        request = EstimateRequest(
+            key=key,
+            conversations=body.conversations,
+            conversations_path=None if on_dataset is None else str(service.imports.conversations_path(on_dataset)),
+            hyperparameters=config.hyperparameters,
+            validation_split=config.validation_split,
+            system_prompt=config.system_prompt,
+        )
+        try:
+            return await host.estimate(request)
+        except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
+            raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
 
 
 @router.get("/status/{training_id}")
@@ -139,6 +133,32 @@ async def evaluate(
     with ready_host(service, version.key) as host:
         metrics = await host.client.evaluate(request)
     return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
+
+
+def _earlier(body: StartTraining, service: Service, idempotency_key: str | None) -> Accepted | None:
+    return service.jobs.earlier(body.org_id, idempotency_key, _hash(body))
+
+
+async def _accept(body: StartTraining, service: Service, idempotency_key: str | None) -> Accepted:
+    submission = await run_in_threadpool(_submission, body, service, idempotency_key)
+    await _check_on_hub(submission, service)
+    return await run_in_threadpool(service.jobs.submit, submission)
+
+
+async def _check_on_hub(submission: Submission, service: Service) -> None:
+    """Of a base model that only the hub knows: a host asks it, and has a few seconds for that.
+
+    Raises InvalidInput for one that can never be trained on. Without an answer (no host is ready yet, the hub is out of
+    reach or does not let us read) the job is accepted; its host will ask again when the job is prepared.
+    """
+    name, settings = submission.base_model, service.settings
+    if name == settings.default_base_model or not await run_in_threadpool(is_on_hub_alone, name, settings):
+        return
+    try:
+        with any_host(service, name, submission.config.hyperparameters) as (host, key):
+            await host.check_on_hub(key)
+    except Unavailable as error:
+        log.info("accepted without the hub's word", base_model=name, code=error.code)
 
 
 def _submission(body: StartTraining, service: Service, idempotency_key: str | None) -> Submission:
