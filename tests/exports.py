@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
-from repertory.data.history import Entry
+from repertory.data.history import Entry, ImportReport
+from repertory.data.readers import open_history
+from repertory.data.readers.reading import ReadOptions
 
 Write = Callable[[list[Entry], Path], Path]  # entries in order of time, a folder -> the export
 
@@ -341,6 +343,17 @@ def openai_jsonl(entries: list[Entry], folder: Path) -> Path:
     return _write(folder / "train.jsonl", "\n".join(rows) + "\n")
 
 
+def parquet(entries: list[Entry], folder: Path) -> Path:
+    """Rows of Hugging Face's `messages`."""
+    import pyarrow
+    from pyarrow import parquet as files
+
+    rows = [{"messages": [{"role": e.author_id, "content": e.text} for e in said]} for _, said in _channels(entries)]
+    path = _made(folder / "train.parquet")
+    files.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
 def alpaca(entries: list[Entry], folder: Path) -> Path:
     rows = []
     for _, said in _channels(entries):
@@ -376,4 +389,16 @@ def _made(path: Path) -> Path:
 
 def _write(path: Path, text: str) -> Path:
     _made(path).write_bytes(text.encode())
+    return path
+
+
+def read(path: Path, options: ReadOptions | None = None) -> tuple[list[Entry], ImportReport]:
+    """What an export is read as, all of it."""
+    with open_history(path, options=options) as history:
+        return list(history), history.report
+
+
+def write_json(path: Path, document: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
     return path

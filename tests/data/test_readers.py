@@ -36,6 +36,7 @@ DIALOGUES: list[tuple[exports.Write, str]] = [
     (exports.sharegpt, "sharegpt"),
     (exports.alpaca, "alpaca"),
     (exports.openai_jsonl, "messages"),
+    (exports.parquet, "messages"),
     (exports.native, "native"),
 ]
 FAITHFUL = "👩‍👩‍👧 e\u0301 한글 \u1112\u1161\u11ab שלום \u202bעברית\u202c a\u2028b \u200d ﷽ ‏مرحبا \U0001f1e9\U0001f1ea"
