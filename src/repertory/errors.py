@@ -1,6 +1,8 @@
 """Every error a user can meet: what is wrong, where, why, and the cure.
 
 RepertoryError
+├── Unauthenticated         401  no API key, or none that works
+├── Forbidden               403  the key is not for this
 ├── InvalidInput            422  the request cannot be carried out as written
 ├── NotFound                404  no such thing, or not yours
 ├── Conflict                409  the thing is not in a state for this
@@ -88,6 +90,22 @@ class RepertoryError(Exception):
             param=info.param,
             retry_after_seconds=info.retry_after_seconds,
         )
+
+
+class Unauthenticated(RepertoryError):
+    """Nobody knows who asks."""
+
+    status = 401
+    code = "missing_api_key"
+    cure = 'Send a key of this service as "Authorization: Bearer rep_…"; `repertory keys create` makes one.'
+
+
+class Forbidden(RepertoryError, PermissionError):
+    """Whoever asks may not do this."""
+
+    status = 403
+    code = "insufficient_scope"
+    cure = "Use a key with that scope."
 
 
 class InvalidInput(RepertoryError, ValueError):

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from repertory.contracts import BUNDLED_MODEL, Hyperparameters, OrgId
@@ -25,6 +25,8 @@ class Settings(Hyperparameters, BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8300, ge=0, le=65535)
     allowed_hosts: str = ""  # comma-separated; empty: checked against loopback names when bound to loopback, else not
+    api_key_secret: SecretStr | None = Field(None, min_length=32)  # unset: what the file holds
+    api_key_secret_file: Path = Path("./models/api_key_secret")  # made with the first key
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     database_url: str = "sqlite:///./models/repertory.db"
     model_cache_dir: Path = Path("./models/cache")

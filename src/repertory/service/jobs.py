@@ -151,9 +151,13 @@ class Jobs:
         self._datasets.conversations_path(submission.org_id, job_id)
         return Accepted(job=self.get(job_id), is_replay=False)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, org_id: str | None = None) -> Job:
+        """The job, if it is this organisation's (None: anybody's). Raises NotFound."""
+        wanted = select(jobs).where(jobs.c.id == job_id)
+        if org_id is not None:
+            wanted = wanted.where(jobs.c.org_id == org_id)
         with self._store.read() as connection:
-            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(wanted).one_or_none()
         if row is None:
             raise NotFound(
                 "There is no such training job.",

@@ -9,6 +9,7 @@ from repertory.service.dispatcher import Dispatcher
 from repertory.service.hosts import Hosts
 from repertory.service.imports import Imports
 from repertory.service.jobs import Jobs
+from repertory.service.keys import Keys, ServiceSecret
 from repertory.service.models import Models
 from repertory.service.store import Store
 from repertory.settings import Settings
@@ -22,6 +23,8 @@ class Service:
         self.settings = settings
         self.store = Store(settings.database_url)
         self.store.migrate()
+        self.keys = Keys(self.store, ServiceSecret(settings))
+        self.keys.check_secret()
         self.datasets = Datasets(settings.dataset_dir)
         self.imports = Imports(self.store, self.datasets)
         self.jobs = Jobs(self.store, self.datasets)
@@ -30,7 +33,8 @@ class Service:
         self.dispatcher = Dispatcher(settings, self.store, self.jobs, self.datasets, self.models, self.hosts)
 
     def start(self) -> None:
-        log.warning("open: no API key is set up, so whoever reaches this port may use it and read everything")
+        if not self.keys.are_required():
+            log.warning("open: no API key is set up, so whoever reaches this port may use it and read everything")
         self.hosts.start()
         self.dispatcher.start()
         self.imports.start()

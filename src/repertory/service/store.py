@@ -73,6 +73,22 @@ organisations = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("last_run_at", UtcTime),  # when a job of theirs last left the queue: who ran least recently is next
     Column("promoted", String(64)),  # training_id of the version that answers as `latest`
+    Column("limits", JSON, nullable=False, server_default="{}"),  # its own, where they differ from everybody's
+    Column("deletion_asked_at", UtcTime),  # from then on nothing new; the row goes last
+)
+
+api_keys = Table(
+    "api_keys",
+    tables,
+    Column("id", String(8), primary_key=True),
+    Column("org_id", String(64), ForeignKey("organisations.org_id")),  # none: every organisation
+    Column("name", Text, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("digest", String(64), nullable=False),  # HMAC-SHA256 of the secret part
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("last_used_at", UtcTime),
 )
 
 jobs = Table(

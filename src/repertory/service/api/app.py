@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from repertory.data.imports import ImportOptions
 from repertory.service.api import datasets, errors, inference, openai, training
 from repertory.service.api.datasets import NewDataset
-from repertory.service.api.deps import strict_query
+from repertory.service.api.deps import authenticated, strict_query
 from repertory.service.api.envelope import Envelope
 from repertory.service.api.openai_schemas import ChatCompletion, TextCompletion
 from repertory.service.api.schemas import EvaluateModel, Generate, StartTraining, WhichModel
@@ -57,9 +57,11 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
+    guarded = [Depends(authenticated), Depends(strict_query)]
     for router in (training.router, datasets.router, inference.router):
-        app.include_router(router, prefix=PREFIX, dependencies=[Depends(strict_query)])
-    app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=[Depends(strict_query)])
+        app.include_router(router, prefix=PREFIX, dependencies=guarded)
+    app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=guarded)
+    app.include_router(inference.health_router, prefix=PREFIX, dependencies=[Depends(strict_query)])
     errors.install(app)
     app.add_middleware(Envelope, settings=settings)
     _describe_bodies(app)

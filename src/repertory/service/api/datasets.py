@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from repertory.contracts import OrgId, Preview, PreviewRequest
 from repertory.data.imports import ImportOptions
 from repertory.service.api.body import body_of
-from repertory.service.api.deps import OrgIdQuery, ServiceDep
+from repertory.service.api.deps import MayRead, MayTrain, OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
 from repertory.service.api.replies import any_host
 from repertory.service.api.schemas import (
@@ -48,7 +48,7 @@ class NewDataset(ImportOptions):
 
 
 @router.post("", status_code=202)
-async def send(service: ServiceDep, request: Request) -> DatasetAccepted:
+async def send(service: ServiceDep, caller: MayTrain, request: Request) -> DatasetAccepted:
     """Accept an export. Once this is answered, it survives a restart, a crash and a power cut."""
     _refuse_other_pages(request)
     dataset_id = new_id()
@@ -58,6 +58,7 @@ async def send(service: ServiceDep, request: Request) -> DatasetAccepted:
         into.mkdir()
         upload = await receive(request, into, int(service.settings.max_upload_gb * (1 << 30)))
         asked = _asked(upload.fields)
+        caller.organisation(asked.org_id)
         await run_in_threadpool(asked.options.check)
         dataset = await run_in_threadpool(
             service.imports.accept,
@@ -73,34 +74,38 @@ async def send(service: ServiceDep, request: Request) -> DatasetAccepted:
 
 
 @router.get("")
-def of_organisation(service: ServiceDep, org_id: Annotated[OrgId, Query()]) -> DatasetList:
+def of_organisation(service: ServiceDep, caller: MayRead, org_id: Annotated[OrgId, Query()]) -> DatasetList:
     """Newest first, without their reports."""
+    caller.organisation(org_id)
     return DatasetList(datasets=[_status(one, service) for one in service.imports.of_organisation(org_id)])
 
 
 @router.get("/consent")
-def consent(service: ServiceDep, org_id: Annotated[OrgId, Query()], author: Annotated[str, Query()]) -> Consent:
+def consent(
+    service: ServiceDep, caller: MayRead, org_id: Annotated[OrgId, Query()], author: Annotated[str, Query()]
+) -> Consent:
     """Where the words of an author are, by the id that `authors` has: in which datasets, and in which voices."""
-    of_datasets, of_jobs = service.imports.with_words_of(org_id, author)
+    of_datasets, of_jobs = service.imports.with_words_of(caller.organisation(org_id), author)
     return Consent(datasets=of_datasets, trainings=of_jobs)
 
 
 @router.get("/{dataset_id}")
-def status(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetStatus:
-    dataset = service.imports.get(dataset_id, org_id)
+def status(service: ServiceDep, caller: MayRead, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetStatus:
+    dataset = service.imports.get(dataset_id, caller.narrowed(org_id))
     return _status(dataset, service, report=service.imports.report(dataset))
 
 
 @router.get("/{dataset_id}/authors")
-def authors(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetAuthors:
+def authors(service: ServiceDep, caller: MayRead, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetAuthors:
     """Who speaks in it, most first: to choose the persona from. Known as soon as the export has been read."""
-    found = service.imports.authors(service.imports.get(dataset_id, org_id))
+    found = service.imports.authors(service.imports.get(dataset_id, caller.narrowed(org_id)))
     return DatasetAuthors(dataset_id=dataset_id, **found)
 
 
 @router.get("/{dataset_id}/preview")
 async def preview(
     service: ServiceDep,
+    caller: MayRead,
     dataset_id: str,
     org_id: OrgIdQuery = None,
     count: Annotated[int, Query(ge=1, le=100)] = 5,
@@ -109,7 +114,7 @@ async def preview(
     """Some conversations, evenly spread, exactly as the model will see them, with what is learned marked."""
     settings = service.settings
     wanted = settings.default_base_model if base_model is None else allowed_base_model(base_model, settings)
-    dataset, summary = await run_in_threadpool(service.imports.ready, dataset_id, org_id)
+    dataset, summary = await run_in_threadpool(service.imports.ready, dataset_id, caller.narrowed(org_id))
     conversations = await run_in_threadpool(service.imports.conversations, dataset, count)
     with any_host(service, wanted, settings.hyperparameters) as (host, key):
         request = PreviewRequest(
@@ -124,20 +129,21 @@ async def preview(
 @router.post("/{dataset_id}/prepare", status_code=202)
 def prepare(
     service: ServiceDep,
+    caller: MayTrain,
     dataset_id: str,
     options: Annotated[ImportOptions, Depends(body_of(ImportOptions))],
     org_id: OrgIdQuery = None,
 ) -> DatasetAccepted:
     """Prepare it, again where it was already, with these options in place of all those before."""
     options.check()
-    dataset = service.imports.prepare(dataset_id, org_id, options)
+    dataset = service.imports.prepare(dataset_id, caller.narrowed(org_id), options)
     return DatasetAccepted(dataset_id=dataset.id, status=dataset.status)
 
 
 @router.delete("/{dataset_id}")
-def delete(service: ServiceDep, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetDeleted:
+def delete(service: ServiceDep, caller: MayTrain, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetDeleted:
     """Remove the export and all that was made of it. Jobs that were started on it keep their copy."""
-    service.imports.delete(dataset_id, org_id)
+    service.imports.delete(dataset_id, caller.narrowed(org_id))
     return DatasetDeleted(message="The dataset is deleted.", dataset_id=dataset_id)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request, Security
+from fastapi.security import HTTPBearer, SecurityScopes
 
 from repertory.contracts import OrgId
-from repertory.errors import InvalidInput
+from repertory.errors import Forbidden, InvalidInput, Unauthenticated
+from repertory.service.keys import Scope, included, organisation_not_found
 from repertory.service.service import Service
 
 
@@ -20,6 +23,65 @@ ServiceDep = Annotated[Service, Depends(_service)]
 OrgIdPath = Annotated[OrgId, Path()]
 OrgIdQuery = Annotated[OrgId | None, Query()]
 ModelIdQuery = Annotated[str | None, Query()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who asks, and for whom."""
+
+    org_id: str | None  # None: any organisation; the service is open, or the key is its operator's
+    scopes: frozenset[Scope]  # with those that they include
+
+    def organisation(self, named: str) -> str:
+        """The organisation that the request names, if the caller may act for it.
+
+        Raises NotFound, the same for one that is another's as for one that never was: neither is looked up.
+        """
+        if self.org_id is not None and named != self.org_id:
+            raise organisation_not_found()
+        return named
+
+    def narrowed(self, named: str | None) -> str | None:
+        """The organisation among whose things to look; None: all. Raises NotFound as `organisation` does."""
+        return self.org_id if named is None else self.organisation(named)
+
+
+ANYBODY = Caller(org_id=None, scopes=included([Scope.ADMIN]))
+
+_bearer = HTTPBearer(
+    auto_error=False, description="An API key. None is needed while the service has none; then it is open."
+)
+
+
+def authenticated(request: Request, service: ServiceDep, _documented: Annotated[object, Depends(_bearer)]) -> None:
+    """Of every route but /health, and before its body is read. Raises Unauthenticated."""
+    request.state.caller = caller_of(request, service)
+
+
+def caller_of(request: Request, service: Service) -> Caller:
+    """Who asks. Raises Unauthenticated where a key is needed and none is there that works."""
+    if not service.keys.are_required():
+        return ANYBODY
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not text.strip():
+        raise Unauthenticated("This service wants an API key, and the request has none.")
+    key = service.keys.verify(text.strip())
+    return Caller(org_id=key.org_id, scopes=included(key.scopes))
+
+
+def _scoped(request: Request, needed: SecurityScopes) -> Caller:
+    caller: Caller = request.state.caller
+    for scope in needed.scopes:
+        if scope not in caller.scopes:
+            raise Forbidden(f"The API key has not the scope {scope}.")
+    return caller
+
+
+MayInfer = Annotated[Caller, Security(_scoped, scopes=[Scope.INFER])]
+MayRead = Annotated[Caller, Security(_scoped, scopes=[Scope.READ])]
+MayTrain = Annotated[Caller, Security(_scoped, scopes=[Scope.TRAIN])]
+MayAdministerOrganisation = Annotated[Caller, Security(_scoped, scopes=[Scope.ORG_ADMIN])]
+MayAdminister = Annotated[Caller, Security(_scoped, scopes=[Scope.ADMIN])]
 
 
 def strict_query(request: Request) -> None:
@@ -36,10 +98,11 @@ def strict_query(request: Request) -> None:
             raise InvalidInput(f"The query has {name} twice.", cure="Send it once.", param=name)
 
 
-def organisation(service: Service, org_id: str | None) -> str:
+def organisation(service: Service, caller: Caller, org_id: str | None) -> str:
     """Whose voice is meant, where the caller need not say: the existing AI-personality client does not."""
-    if org_id is not None:
-        return org_id
+    meant = caller.narrowed(org_id)
+    if meant is not None:
+        return meant
     if service.settings.default_org_id is not None:
         return service.settings.default_org_id
     with_models = service.models.organisations()

@@ -102,6 +102,8 @@ def error_response(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInf
     response = JSONResponse(error_body(info, request_id, problems), status_code=info.status)
     if info.retry_after_seconds is not None:
         response.headers["retry-after"] = str(max(1, ceil(info.retry_after_seconds)))  # never too early
+    if info.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
     return response
 
 

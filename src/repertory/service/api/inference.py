@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import version as version_of
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from repertory.contracts import GenerateRequest, TokenChunk
-from repertory.errors import InvalidInput, JobFailed, RepertoryError
+from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unauthenticated
 from repertory.service.api.body import body_of, optional_body_of
-from repertory.service.api.deps import ModelIdQuery, OrgIdPath, OrgIdQuery, ServiceDep, organisation
+from repertory.service.api.deps import (
+    Caller,
+    MayInfer,
+    MayRead,
+    ModelIdQuery,
+    OrgIdPath,
+    OrgIdQuery,
+    ServiceDep,
+    caller_of,
+    organisation,
+)
 from repertory.service.api.errors import error_body
 from repertory.service.api.replies import (
     END,
@@ -31,6 +41,7 @@ from repertory.service.api.schemas import (
     Generate,
     Generated,
     Health,
+    HealthStatus,
     HostSummary,
     JobError,
     ListedModel,
@@ -41,22 +52,25 @@ from repertory.service.api.schemas import (
     WhichModel,
 )
 from repertory.service.hosts import Host
+from repertory.service.keys import Scope
 from repertory.service.models import BASE, LATEST, Version
 from repertory.service.service import Service
 from repertory.settings import Settings
 
 router = APIRouter(tags=["inference"])
+health_router = APIRouter(tags=["health"])  # needs no key
 
 
 @router.post("/generate", response_model=Generated)
 async def generate(
     request: Request,
     service: ServiceDep,
+    caller: MayInfer,
     body: Annotated[Generate, Depends(body_of(Generate))],
     org_id: OrgIdQuery = None,
 ) -> Generated | Response:
     """A reply in the organisation's voice, whole or (with `stream`) as server-sent events."""
-    voice = await run_in_threadpool(_voice, service, org_id, body.model_id)
+    voice = await run_in_threadpool(_voice, service, caller, org_id, body.model_id)
     pieces = reply(service, voice, _for_host(body, voice, service.settings, request.state.request_id))
     if body.stream:
         # With the first piece in hand, everything that can be refused has been, with a status of its own.
@@ -69,13 +83,14 @@ async def generate(
 @router.post("/models/load")
 async def load(
     service: ServiceDep,
+    caller: MayInfer,
     body: Annotated[WhichModel, Depends(optional_body_of(WhichModel))],
     org_id: OrgIdQuery = None,
     model_id: ModelIdQuery = None,
 ) -> ModelLoaded:
     """Have a voice in memory before its first request, which would load it as well."""
     wanted = _one_of("model_id", model_id, body.model_id) or LATEST
-    voice = await run_in_threadpool(_voice, service, _one_of("org_id", org_id, body.org_id), wanted)
+    voice = await run_in_threadpool(_voice, service, caller, _one_of("org_id", org_id, body.org_id), wanted)
     with ready_host(service, voice.key) as host:
         if voice.adapter is not None:
             await host.client.load(voice.adapter)
@@ -85,12 +100,13 @@ async def load(
 @router.post("/models/unload")
 async def unload(
     service: ServiceDep,
+    caller: MayInfer,
     body: Annotated[WhichModel, Depends(optional_body_of(WhichModel))],
     org_id: OrgIdQuery = None,
     model_id: ModelIdQuery = None,
 ) -> ModelUnloaded:
     """Free the memory of an organisation's voices, or of one of them. The next request loads again."""
-    org = await run_in_threadpool(organisation, service, _one_of("org_id", org_id, body.org_id))
+    org = await run_in_threadpool(organisation, service, caller, _one_of("org_id", org_id, body.org_id))
     wanted = _one_of("model_id", model_id, body.model_id)
     if wanted is None:
         versions = await run_in_threadpool(service.models.list, org)
@@ -108,16 +124,17 @@ async def unload(
 
 
 @router.get("/models/{org_id}/info")
-def info(service: ServiceDep, org_id: OrgIdPath) -> ModelInfo:
+def info(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> ModelInfo:
     """Of the version that answers as `latest`."""
-    version = service.models.find(org_id, LATEST)
+    version = service.models.find(caller.organisation(org_id), LATEST)
     service.hosts.refresh()
     return model_info(version, version.metadata, is_loaded=version.training_id in service.hosts.loaded_adapters())
 
 
 @router.get("/models/{org_id}/list")
-def list_models(service: ServiceDep, org_id: OrgIdPath) -> ModelList:
+def list_models(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> ModelList:
     """Newest first."""
+    caller.organisation(org_id)
     promoted = service.models.promoted(org_id)
     listed = [
         ListedModel(
@@ -131,8 +148,20 @@ def list_models(service: ServiceDep, org_id: OrgIdPath) -> ModelList:
     return ModelList(org_id=org_id, models=listed, count=len(listed))
 
 
-@router.get("/health")
-def health(service: ServiceDep) -> Health:
+@health_router.get("/health")
+def health(request: Request, service: ServiceDep) -> Health | HealthStatus:
+    """How it is; with API keys in use, to the operator's keys alone more than the status."""
+    try:
+        required, caller = service.keys.are_required(), caller_of(request, service)
+    except (Unauthenticated, SQLAlchemyError):
+        required, caller = True, None
+    whole = _health(service, mode="keys" if required else "open")
+    if caller is None or caller.org_id is not None or Scope.READ not in caller.scopes:
+        return HealthStatus(status=whole.status)
+    return whole
+
+
+def _health(service: Service, mode: Literal["open", "keys"]) -> Health:
     device = service.hosts.device
     failure = service.hosts.last_failure()
     status = service.hosts.status()
@@ -143,7 +172,7 @@ def health(service: ServiceDep) -> Health:
     return Health(
         status=status,
         version=version_of("repertory"),
-        mode="open",
+        mode=mode,
         cuda_available=device is not None and device.kind == "cuda",
         cuda_device_count=device.count if device is not None and device.kind == "cuda" else 0,
         device=None if device is None else device.name,
@@ -177,8 +206,8 @@ def _loaded(voice: Voice) -> ModelInfo:
     )
 
 
-def _voice(service: Service, org_id: str | None, model_id: str) -> Voice:
-    org = organisation(service, org_id)
+def _voice(service: Service, caller: Caller, org_id: str | None, model_id: str) -> Voice:
+    org = organisation(service, caller, org_id)
     if model_id != BASE:
         version = service.models.find(org, model_id)
         return Voice(org_id=org, key=version.key, version=version)

@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from repertory.contracts import BaseKey, GenerateRequest, SampledToken, TokenChunk, TokenLogprob, Usage
 from repertory.errors import InvalidInput, JobFailed, NotFound, RepertoryError, Unavailable
 from repertory.service.api.body import body_of
-from repertory.service.api.deps import ServiceDep
+from repertory.service.api.deps import Caller, MayInfer, ServiceDep
 from repertory.service.api.errors import error_body
 from repertory.service.api.openai_schemas import ChatCompletion, Completing, TextCompletion
 from repertory.service.api.replies import END, EventStream, Voice, chain, event, reply, unavailable, unless_disconnected
@@ -54,34 +54,40 @@ router = APIRouter(tags=["openai"], route_class=OpenAIRoute)
 
 @router.post("/chat/completions")
 async def chat_completions(
-    request: Request, service: ServiceDep, body: Annotated[ChatCompletion, Depends(body_of(ChatCompletion))]
+    request: Request,
+    service: ServiceDep,
+    caller: MayInfer,
+    body: Annotated[ChatCompletion, Depends(body_of(ChatCompletion))],
 ) -> Response:
     """A reply in a voice, or several, whole or (with `stream`) as server-sent events."""
     conversation: dict[str, Any] = {"messages": body.conversation}
     if body.logprobs:
         conversation["top_logprobs"] = body.top_logprobs or 0
-    return await _answer(request, service, body, [conversation], body.reply_limit, is_chat=True)
+    return await _answer(request, service, caller, body, [conversation], body.reply_limit, is_chat=True)
 
 
 @router.post("/completions")
 async def completions(
-    request: Request, service: ServiceDep, body: Annotated[TextCompletion, Depends(body_of(TextCompletion))]
+    request: Request,
+    service: ServiceDep,
+    caller: MayInfer,
+    body: Annotated[TextCompletion, Depends(body_of(TextCompletion))],
 ) -> Response:
     """A text continued as it is: no chat template, no system prompt."""
     prompts = [{"prompt": text} for text in body.prompt]
-    return await _answer(request, service, body, prompts, body.max_tokens, is_chat=False)
+    return await _answer(request, service, caller, body, prompts, body.max_tokens, is_chat=False)
 
 
 @router.get("/models")
-def list_models(service: ServiceDep) -> dict[str, Any]:
+def list_models(service: ServiceDep, caller: MayInfer) -> dict[str, Any]:
     """Of each organisation its name and its versions, newest first; and the base models they stand on."""
-    return {"object": "list", "data": _models(service)}
+    return {"object": "list", "data": _models(service, caller)}
 
 
 @router.get("/models/{model:path}")
-def model(service: ServiceDep, model: str) -> dict[str, Any]:
+def model(service: ServiceDep, caller: MayInfer, model: str) -> dict[str, Any]:
     """One of them."""
-    for listed in _models(service):
+    for listed in _models(service, caller):
         if listed["id"] == model:
             return listed
     raise _no_such_model()
@@ -90,13 +96,14 @@ def model(service: ServiceDep, model: str) -> dict[str, Any]:
 async def _answer(
     request: Request,
     service: Service,
+    caller: Caller,
     body: Completing,
     prompts: Sequence[dict[str, Any]],
     max_tokens: int | None,
     *,
     is_chat: bool,
 ) -> Response:
-    voice = await run_in_threadpool(_voice, service, body.model)
+    voice = await run_in_threadpool(_voice, service, caller, body.model)
     request_id = request.state.request_id
     settings = service.settings
     asked = [
@@ -252,34 +259,33 @@ def _seed_of_choice(seed: int, at: int) -> int:
     return (seed + at + 2**63) % 2**64 - 2**63
 
 
-def _voice(service: Service, model: str) -> Voice:
+def _voice(service: Service, caller: Caller, model: str) -> Voice:
     """Raises NotFound, or Unavailable where it cannot answer now."""
     org_id, at, training_id = model.partition("@")
     try:
-        version = service.models.find(org_id, training_id if at else LATEST)
+        version = service.models.find(caller.organisation(org_id), training_id if at else LATEST)
     except NotFound:
-        return Voice(org_id=NOBODY, key=_base(service, model), version=None)
+        return Voice(org_id=caller.org_id or NOBODY, key=_base(service, caller, model), version=None)
     except Unavailable as error:
         error.param = "model"
         raise
     return Voice(org_id=org_id, key=version.key, version=version)
 
 
-def _base(service: Service, model: str) -> BaseKey:
+def _base(service: Service, caller: Caller, model: str) -> BaseKey:
     if model == service.settings.default_base_model:
         try:
             return service.hosts.key(model, service.settings.hyperparameters)
         except JobFailed as error:
             raise unavailable(error) from error
-    for version in service.models.list():
+    for version in service.models.list(caller.org_id):
         if version.key.base_model == model:
             return version.key
     raise _no_such_model()
 
 
-def _models(service: Service) -> list[dict[str, Any]]:
-    # There are no API keys yet, so whoever calls may see every organisation's.
-    versions = service.models.list()
+def _models(service: Service, caller: Caller) -> list[dict[str, Any]]:
+    versions = service.models.list(caller.org_id)
     promoted = service.models.promoted_ids()
     bases = dict.fromkeys([service.settings.default_base_model, *(version.key.base_model for version in versions)])
     return [

@@ -245,10 +245,15 @@ class HostSummary(BaseModel):
     memory_bytes: int
 
 
-class Health(BaseModel):
+class HealthStatus(BaseModel):
+    """What everybody may know."""
+
     status: Literal["starting", "healthy", "degraded"]
+
+
+class Health(HealthStatus):
     version: str
-    mode: Literal["open"]  # no API key is set up: whoever reaches the port may use it
+    mode: Literal["open", "keys"]  # open: no API key is set up, so whoever reaches the port may use it
     cuda_available: bool
     cuda_device_count: int
     device: str | None  # None until the first host has looked

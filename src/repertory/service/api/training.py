@@ -16,7 +16,7 @@ from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateReq
 from repertory.data.imports import ImportSummary
 from repertory.errors import DataUnusable, InvalidInput, Unavailable
 from repertory.service.api.body import body_of
-from repertory.service.api.deps import OrgIdPath, ServiceDep
+from repertory.service.api.deps import MayRead, MayTrain, OrgIdPath, ServiceDep
 from repertory.service.api.replies import any_host, ready_host
 from repertory.service.api.schemas import (
     EvaluateModel,
@@ -43,6 +43,7 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 @router.post("/start")
 async def start(
     service: ServiceDep,
+    caller: MayTrain,
     response: Response,
     body: Annotated[StartTraining, Depends(body_of(StartTraining))],
     idempotency_key: Annotated[str | None, Header()] = None,
@@ -54,6 +55,7 @@ async def start(
             cure="Use a UUID.",
             param="Idempotency-Key",
         )
+    caller.organisation(body.org_id)
     # Before anything else: what was asked for then (a dataset, a version) may be gone by now.
     earlier = await run_in_threadpool(_earlier, body, service, idempotency_key)
     accepted = earlier or await _accept(body, service, idempotency_key)
@@ -66,8 +68,11 @@ async def start(
 
 
 @router.post("/estimate")
-async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(body_of(StartTraining))]) -> Estimate:
+async def estimate(
+    service: ServiceDep, caller: MayTrain, body: Annotated[StartTraining, Depends(body_of(StartTraining))]
+) -> Estimate:
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
+    caller.organisation(body.org_id)
     submission = await run_in_threadpool(_submission, body, service, None)
     config = submission.config
     on_dataset = None if submission.dataset_id is None else service.imports.get(submission.dataset_id, body.org_id)
@@ -87,24 +92,26 @@ async def estimate(service: ServiceDep, body: Annotated[StartTraining, Depends(b
 
 
 @router.get("/status/{training_id}")
-def status(service: ServiceDep, training_id: str) -> TrainingStatus:
-    job = service.jobs.get(training_id)
+def status(service: ServiceDep, caller: MayRead, training_id: str) -> TrainingStatus:
+    job = service.jobs.get(training_id, caller.org_id)
     if job.status != Status.QUEUED:
         return _status(job)
     return _status(job, service.jobs.queue_positions(), service.hosts.downloads())
 
 
 @router.get("/jobs/{org_id}")
-def jobs(service: ServiceDep, org_id: OrgIdPath) -> TrainingJobs:
+def jobs(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> TrainingJobs:
     """Newest first."""
+    caller.organisation(org_id)
     positions = service.jobs.queue_positions()
     downloads = service.hosts.downloads()
     return TrainingJobs(jobs=[_status(job, positions, downloads) for job in service.jobs.of_organisation(org_id)])
 
 
 @router.delete("/jobs/{training_id}")
-async def cancel(service: ServiceDep, training_id: str) -> TrainingCancelled:
+async def cancel(service: ServiceDep, caller: MayTrain, training_id: str) -> TrainingCancelled:
     """Answered when the run has really stopped."""
+    await run_in_threadpool(service.jobs.get, training_id, caller.org_id)
     # With a limiter of its own: however many wait here, the threads that answer other requests stay free.
     await anyio.to_thread.run_sync(service.dispatcher.cancel, training_id, limiter=anyio.CapacityLimiter(1))
     return TrainingCancelled(message="The training is cancelled.", training_id=training_id)
@@ -112,7 +119,7 @@ async def cancel(service: ServiceDep, training_id: str) -> TrainingCancelled:
 
 @router.post("/evaluate")
 async def evaluate(
-    service: ServiceDep, body: Annotated[EvaluateModel, Depends(body_of(EvaluateModel))]
+    service: ServiceDep, caller: MayTrain, body: Annotated[EvaluateModel, Depends(body_of(EvaluateModel))]
 ) -> ModelEvaluated:
     """Perplexity of base and voice, and their replies to the test prompts side by side."""
     if body.model_id == BASE:
@@ -121,7 +128,7 @@ async def evaluate(
             cure="Name a trained model; its evaluation has the base's figures beside its own.",
             param="model_id",
         )
-    version = await run_in_threadpool(service.models.find, body.org_id, body.model_id)
+    version = await run_in_threadpool(service.models.find, caller.organisation(body.org_id), body.model_id)
     held_out = service.datasets.conversations_path(version.org_id, version.training_id)
     request = EvaluateRequest(
         org_id=version.org_id,
