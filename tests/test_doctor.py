@@ -361,6 +361,16 @@ def test_a_database_in_order_is_green(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_postgresql_in_order_is_green_and_one_that_is_not_there_is_red(empty_postgresql: str) -> None:
+    found = doctor.database(empty_postgresql)
+    assert (found.state, "the next start brings its schema" in found.message) == ("green", True)
+    Store(empty_postgresql).migrate()
+    assert "has schema" in doctor.database(empty_postgresql).message
+    gone = doctor.database("postgresql://127.0.0.1:1/repertory")
+    assert (gone.state, "refused" in gone.message) == ("red", True), gone
+    assert doctor.database("mysql://localhost/repertory").state == "red"
+
+
 @pytest.mark.parametrize("version", ["9999", "0001"])
 def test_a_schema_is_known_or_too_new(version: str, tmp_path: Path) -> None:
     path = made(tmp_path / "repertory.db")
@@ -387,7 +397,6 @@ def test_a_database_of_another_program_or_on_a_full_or_fixed_disk_is_red(tmp_pat
     connection.execute("CREATE TABLE theirs (x)")
     connection.close()
     assert "another program" in doctor.database(f"sqlite:///{other}").message
-    assert doctor.database("postgresql://localhost/repertory").state == "red"
     made(tmp_path / "repertory.db")
     with file_system(tmp_path / "fixed", "size=8m") as fixed:
         shutil.copy2(tmp_path / "repertory.db", fixed)

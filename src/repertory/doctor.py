@@ -40,7 +40,7 @@ from sqlalchemy.exc import ArgumentError
 
 from repertory.catalogue import Catalogue
 from repertory.contracts import BUNDLED_MODEL
-from repertory.errors import BaseModelUnavailable
+from repertory.errors import BaseModelUnavailable, InvalidInput
 from repertory.model import weights
 from repertory.model.bundled import GGUF_FILE, GGUF_SHA256, PACKAGE
 from repertory.model.hub import UNUSABLE_ENVIRONMENT
@@ -405,8 +405,7 @@ def sqlite_file(database_url: str) -> Path | None:
 def database(database_url: str, mounts: Path = Path("/proc/mounts")) -> Finding:
     path = sqlite_file(database_url)
     if path is None:
-        cure = "Use sqlite:///path/to/file.db, or leave DATABASE_URL out; other databases are not supported yet."
-        return Finding("database", "red", "DATABASE_URL names no SQLite file", cure)
+        return _database_server(database_url)
     if (kind := _network_file_system(_nearest(path), mounts)) is not None:
         cure = "Set DATABASE_URL to a file on a local disk; locks and the log of SQLite do not hold on a network one."
         return Finding("database", "yellow", f"{path} lies on a network file system ({kind})", cure)
@@ -438,15 +437,35 @@ def _present_database(path: Path) -> Finding:
         present = connection.execute("SELECT version_num FROM alembic_version").fetchone() if tables else None
     finally:
         connection.close()
+    return _by_schema(str(path), None if present is None else present[0])
+
+
+def _database_server(database_url: str) -> Finding:
+    from repertory.service.store import NOT_NOW, Store, reason  # it takes a moment to import
+
+    try:
+        store = Store(database_url)
+    except InvalidInput as error:
+        return Finding("database", "red", error.message, error.cure)
+    try:
+        return _by_schema("the PostgreSQL of DATABASE_URL", store.schema())
+    except NOT_NOW as error:
+        problem = f"DATABASE_URL cannot be used: {reason(error)}"
+        return Finding("database", "red", problem, "Start it and let this machine in, or set DATABASE_URL.")
+    finally:
+        store.close()
+
+
+def _by_schema(name: str, present: str | None) -> Finding:
     from repertory.service.store import known_schemas
 
     newest, *older = known_schemas()
-    if present is None or present[0] in older:
-        return Finding("database", "green", f"{path} opens; the next start brings its schema to {newest}")
-    if present[0] != newest:
-        cure = "Start the newer Repertory that wrote it, or point DATABASE_URL at another file."
-        return Finding("database", "red", f"{path} has schema {present[0]}, which this version does not know", cure)
-    return Finding("database", "green", f"{path} opens, can be written and has schema {newest}")
+    if present is None or present in older:
+        return Finding("database", "green", f"{name} opens; the next start brings its schema to {newest}")
+    if present != newest:
+        cure = "Start the newer Repertory that wrote it, or point DATABASE_URL at another database."
+        return Finding("database", "red", f"{name} has schema {present}, which this version does not know", cure)
+    return Finding("database", "green", f"{name} opens, can be written and has schema {newest}")
 
 
 def _corrupt(path: Path, reason: str) -> Finding:

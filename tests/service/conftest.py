@@ -51,8 +51,8 @@ def start_service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path}/repertory.db")
+def store(database_url: str) -> Iterator[Store]:
+    opened = Store(database_url)
     opened.migrate()
     yield opened
     opened.close()

@@ -26,7 +26,6 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Row, delete, insert, select, update
-from sqlalchemy.exc import OperationalError
 
 from repertory.data.conversations import Conversation
 from repertory.data.imports import ImportEvent, ImportOptions, ImportOrder, ImportSummary
@@ -34,7 +33,7 @@ from repertory.data.preparation.identity import hashed
 from repertory.errors import Conflict, ErrorInfo, NotFound
 from repertory.logs import without_text
 from repertory.service.datasets import CONVERSATIONS, PREPARED, Datasets
-from repertory.service.store import Store, datasets, ensure_organisation, jobs, now
+from repertory.service.store import NOT_NOW, Store, datasets, ensure_organisation, jobs, now, reason
 
 log = structlog.get_logger()
 
@@ -337,8 +336,8 @@ class Imports:
                 with self._store.write() as connection:
                     connection.execute(update(datasets).where(preparing).values(**values))
                 return
-            except OperationalError as error:
-                log.error("the database takes no writes", dataset_id=dataset.id, reason=str(error.orig))
+            except NOT_NOW as error:
+                log.error("the database takes no writes", dataset_id=dataset.id, reason=reason(error))
                 self._stopping.wait(RETRY_SECONDS)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.exc import OperationalError
 
 from repertory import manifest
 from repertory.contracts import BaseKey, RunEvent, RunSpec
@@ -17,6 +16,7 @@ from repertory.service.host_client import HostLost
 from repertory.service.hosts import Host, Hosts
 from repertory.service.jobs import Job
 from repertory.service.lease import Lease, LeaseLost
+from repertory.service.store import NOT_NOW, reason
 
 log = structlog.get_logger()
 
@@ -107,7 +107,7 @@ class Run:
         while True:
             try:
                 return write()
-            except OperationalError as error:
-                log.error("the database takes no writes", training_id=self._job.id, reason=str(error.orig))
+            except NOT_NOW as error:
+                log.error("the database takes no writes", training_id=self._job.id, reason=reason(error))
                 if self._stopping.wait(WRITE_RETRY_SECONDS):
                     raise

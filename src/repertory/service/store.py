@@ -1,7 +1,8 @@
-"""The database: its tables, and short transactions over them. SQLite; what is said in SQL is PostgreSQL's too.
+"""The database: its tables, and short transactions over them. SQLite or PostgreSQL, with the same statements.
 
-Whoever reads gets a snapshot; whoever writes holds the one write lock from the first statement on, so that a
-transaction never fails half-way because another one wrote in between. Nothing is awaited or computed inside one.
+On SQLite a writer holds the one write lock from the first statement on. On PostgreSQL writers hold the rows that they
+change, so every decision is made by the statement that takes the row (`UPDATE … WHERE … RETURNING`, `FOR UPDATE`),
+never by an earlier look. Nothing is awaited or computed inside a transaction.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
+    URL,
     BigInteger,
     Boolean,
     Column,
@@ -36,17 +38,35 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    bindparam,
     create_engine,
     event,
-    insert,
     make_url,
-    select,
     text,
 )
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from repertory.errors import Conflict, InvalidInput
+from repertory.errors import Conflict, InvalidInput, Unavailable
 
 BUSY_TIMEOUT_SECONDS = 10.0  # how long a writer waits for another one
+POSTGRESQL_OPTIONS = {
+    "synchronous_commit": "on",  # whatever the server's default: what was answered survives a power cut
+    "lock_timeout": f"{BUSY_TIMEOUT_SECONDS:.0f}s",
+    "statement_timeout": "30s",
+    "idle_in_transaction_session_timeout": "60s",  # a process that was stopped must not keep others from its rows
+    "timezone": "UTC",
+}
+# Locked, full, cut off, restarting, read-only after a failover, out of connections: what may go away by itself.
+NOT_NOW: tuple[type[SQLAlchemyError], ...] = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+MIGRATION_LOCK = 8300  # any number that every version of this program knows
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -171,31 +191,34 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+_ENSURE_ORGANISATION = text(
+    "INSERT INTO organisations (org_id, created_at) VALUES (:org_id, :created_at) ON CONFLICT DO NOTHING"
+).bindparams(bindparam("created_at", type_=UtcTime))
+
+
 def ensure_organisation(connection: Connection, org_id: str) -> None:
-    present = select(organisations.c.org_id).where(organisations.c.org_id == org_id)
-    if connection.execute(present).one_or_none() is None:
-        connection.execute(insert(organisations).values(org_id=org_id, created_at=now()))
+    connection.execute(_ENSURE_ORGANISATION, {"org_id": org_id, "created_at": now()})
 
 
 class Store:
     """The one door to the database. Threads may share it."""
 
     def __init__(self, database_url: str) -> None:
-        url = make_url(database_url)
-        if url.get_backend_name() != "sqlite":
-            raise InvalidInput(
-                f"DATABASE_URL names {url.get_backend_name()}, which is not supported yet.",
-                code="database_not_supported",
-                cure="Use sqlite:///path/to/file.db, or leave DATABASE_URL out.",
-            )
+        """Connects to nothing yet, but takes an SQLite file for this process alone. Raises InvalidInput, Conflict."""
+        url = _url(database_url)
         self._lock_file: TextIO | None = None
-        if url.get_backend_name() == "sqlite" and url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = _hold_alone(Path(f"{url.database}.lock"))
-        # Parameters are users' texts; they do not belong into error messages, which end in logs.
-        self._engine = create_engine(url, hide_parameters=True, pool_pre_ping=True, pool_size=16, max_overflow=64)
         if url.get_backend_name() == "sqlite":
-            _make_sqlite_durable(self._engine)
+            if url.database:
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+                self._lock_file = _hold_alone(Path(f"{url.database}.lock"))
+            self._engine = _sqlite(url)
+        else:
+            self._engine = _postgresql(url)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other service processes may be using the database now."""
+        return self._engine.dialect.name != "sqlite"
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -211,29 +234,54 @@ class Store:
     def migrate(self) -> None:
         """Bring the schema to this version of the program. Two processes doing so at once do it one after the other.
 
-        Raises Conflict if a newer version of the program has written the schema.
+        Raises Conflict if a newer version of the program has written the schema, Unavailable if there is no database.
         """
-        config = _migrations()
-        newest, *older = known_schemas()
-        with self.write() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(8300)"))
-            present = MigrationContext.configure(connection).get_current_revision()
-            if present == newest:
-                return
-            if present is not None and present not in older:
-                raise Conflict(
-                    f"The database has schema {present}, which this version of Repertory does not know.",
-                    code="schema_too_new",
-                    cure="Start the newer Repertory that wrote it, or point DATABASE_URL at another database.",
-                )
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        try:
+            with self.write() as connection:
+                _migrate(connection)
+        except NOT_NOW as error:
+            url = self._engine.url.render_as_string(hide_password=True)
+            raise Unavailable(
+                f"The database {url} cannot be used: {reason(error)}.",
+                code="database_unavailable",
+                cure="Start it and let this machine in, or set DATABASE_URL.",
+            ) from error
+
+    def schema(self) -> str | None:
+        """The schema that is there; None: none yet. Raises one of NOT_NOW if there is no database."""
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
 
     def close(self) -> None:
         self._engine.dispose()
         if self._lock_file is not None:
             self._lock_file.close()
+
+
+def _migrate(connection: Connection) -> None:
+    config = _migrations()
+    newest, *older = known_schemas()
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
+    present = MigrationContext.configure(connection).get_current_revision()
+    if present == newest:
+        return
+    if present is not None and present not in older:
+        raise Conflict(
+            f"The database has schema {present}, which this version of Repertory does not know.",
+            code="schema_too_new",
+            cure="Start the newer Repertory that wrote it, or point DATABASE_URL at another database.",
+        )
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def reason(error: SQLAlchemyError) -> str:
+    """What the database has said, on one line, without the statement."""
+    said = error.orig if isinstance(error, DBAPIError) else error
+    return " ".join(str(said).split())
 
 
 def known_schemas() -> list[str]:
@@ -245,6 +293,28 @@ def _migrations() -> Config:
     config = Config()
     config.set_main_option("script_location", "repertory.service:migrations")
     return config
+
+
+def _url(database_url: str) -> URL:
+    try:
+        url = make_url(database_url)
+    except ArgumentError:
+        raise _not_supported("is no address of a database") from None
+    match url.get_backend_name():
+        case "sqlite":
+            return url
+        case "postgresql" | "postgres":
+            return url.set(drivername="postgresql+psycopg")
+        case other:
+            raise _not_supported(f"names {other}, which is not supported")
+
+
+def _not_supported(why: str) -> InvalidInput:
+    return InvalidInput(
+        f"DATABASE_URL {why}.",
+        code="database_not_supported",
+        cure="Use sqlite:///path/to/file.db or postgresql://user:password@host/name, or leave DATABASE_URL out.",
+    )
 
 
 def _hold_alone(path: Path) -> TextIO:
@@ -265,7 +335,10 @@ def _hold_alone(path: Path) -> TextIO:
     return file
 
 
-def _make_sqlite_durable(engine: Engine) -> None:
+def _sqlite(url: URL) -> Engine:
+    # Parameters are users' texts; they do not belong into error messages, which end in logs.
+    engine = create_engine(url, hide_parameters=True, pool_size=16, max_overflow=64)
+
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # sqlite3 must not begin transactions by itself, we do below
@@ -282,3 +355,22 @@ def _make_sqlite_durable(engine: Engine) -> None:
         # at once does.
         writes = connection.get_execution_options().get("writes", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _postgresql(url: URL) -> Engine:
+    return create_engine(
+        url,
+        hide_parameters=True,
+        pool_size=8,
+        max_overflow=16,  # a server lets in 100 where nothing else is set, for all its clients
+        pool_timeout=BUSY_TIMEOUT_SECONDS,
+        pool_pre_ping=True,  # a connection that the server's restart has cut is replaced before it is used
+        connect_args={
+            "application_name": "repertory",
+            "connect_timeout": 5,
+            "tcp_user_timeout": 15_000,  # milliseconds; else a network that swallows packets holds a thread for minutes
+            "options": " ".join(f"-c {name}={value}" for name, value in POSTGRESQL_OPTIONS.items()),
+        },
+    )

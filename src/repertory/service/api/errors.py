@@ -21,12 +21,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from repertory.contracts import Hyperparameters
 from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.service.store import NOT_NOW, reason
 
 log = structlog.get_logger()
 
@@ -70,11 +71,19 @@ def install(app: FastAPI) -> None:
         response.headers.update(error.headers or {})  # 405 says what is allowed
         return response
 
-    @app.exception_handler(OperationalError)
-    async def storage(request: Request, error: OperationalError) -> Response:
-        log.error("the database does not answer", reason=str(error.orig))
+    async def storage(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SQLAlchemyError)
+        log.error("the database does not answer", reason=reason(error))
         busy = Unavailable("The database is busy or cannot be written.", code="storage_unavailable")
         return await known(request, busy)
+
+    for kind in NOT_NOW:
+        app.add_exception_handler(kind, storage)
+
+    @app.exception_handler(DataError)
+    async def nothing_to_store(request: Request, _error: DataError) -> Response:
+        """PostgreSQL's texts cannot hold a NUL, which no identifier of ours has."""
+        return await known(request, InvalidInput("The request holds a character that no identifier has."))
 
     @app.exception_handler(ClientDisconnect)
     async def nobody_listens(_request: Request, _error: ClientDisconnect) -> Response:
