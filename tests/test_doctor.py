@@ -364,7 +364,9 @@ def test_a_database_in_order_is_green(tmp_path: Path) -> None:
 def test_a_postgresql_in_order_is_green_and_one_that_is_not_there_is_red(empty_postgresql: str) -> None:
     found = doctor.database(empty_postgresql)
     assert (found.state, "the next start brings its schema" in found.message) == ("green", True)
-    Store(empty_postgresql).migrate()
+    store = Store(empty_postgresql)
+    store.migrate()
+    store.close()
     assert "has schema" in doctor.database(empty_postgresql).message
     gone = doctor.database("postgresql://127.0.0.1:1/repertory")
     assert (gone.state, "refused" in gone.message) == ("red", True), gone
