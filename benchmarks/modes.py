@@ -57,7 +57,7 @@ class Host:
         while not socket.exists() or (health := self.client.get("/health").json())["state"] == "loading":
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise SystemExit("the host did not start")
-            time.sleep(0.2)
+            time.sleep(0.02)
         if health["state"] != "ready":
             raise SystemExit(health["error"]["message"])
 
@@ -65,7 +65,7 @@ class Host:
     def resident_mb(self) -> float:
         return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
 
-    def reply(self) -> None:
+    def reply(self, max_tokens: int = 100) -> None:
         request = GenerateRequest(
             request_id="memory",
             org_id="memory",
@@ -74,7 +74,7 @@ class Host:
             temperature=0,
             top_p=1,
             top_k=0,
-            max_tokens=100,
+            max_tokens=max_tokens,
         )
         with self.client.stream("POST", "/generate", content=request.model_dump_json()) as answer:
             last = list(answer.iter_lines())[-1]

@@ -1,7 +1,8 @@
 """The loop that owns the device: one thread that serves and trains on one base model, serving first.
 
-Other threads never touch the device; they leave a message. Training gets a fixed share of the time while requests are
-being answered and all of it otherwise, one forward pass at a time, so a request waits for one such pass at the most.
+Other threads never touch the device; they leave a message. Training gets a share of the time while requests are being
+answered and all of it otherwise (`timeshare`), in quanta of one forward or one backward pass, so that a request waits
+for one such pass at the most.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from repertory.model.evaluation import evaluate
 from repertory.model.memory import gib
 from repertory.model.probe import is_out_of_memory
 from repertory.model.scheduler import Sequence
+from repertory.model.timeshare import TimeShare
 from repertory.model.training import TrainingRun
 from repertory.model.voices import Voice, Voices
 
 OUT_OF_MEMORY_RETRY_SECONDS = 10.0
-TRAINING_SHARE = 0.2  # of the device's time while requests are being answered
 
 log = structlog.get_logger()
 
@@ -55,20 +56,19 @@ class _Task:
     step: Callable[[], None]  # raises StopIteration at its end
     fail: Callable[[ErrorInfo], None]
     close: Callable[[], None]  # gives it up before its end
+    is_midway: Callable[[], bool] = lambda: False  # it holds memory that no other task should need beside its own
 
 
 class DeviceLoop:
     """Serving and training on `base`. `run_forever` is the device's thread; everything else may be called from any."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, training_share: float = 0.2) -> None:
         self.base = base
         self.engine = Engine(base)
         self.voices = Voices(base)
         self._tasks: deque[_Task] = deque()  # the one whose turn it is comes first
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._serving_seconds = 0.0
-        self._training_seconds = 0.0
-        self._trained_last = False
+        self._timeshare = TimeShare(training_share)
         self._rate: float | None = None  # of `plan.Work`, as the last run had it
 
     # From any thread
@@ -123,12 +123,15 @@ class DeviceLoop:
     def run_forever(self) -> None:
         """Until `stop`. Runs in progress are left as they are: they go on from their checkpoints another time."""
         while self._take_messages():
-            if self.engine.has_work and not self._training_is_due():
-                self._timed(self._serve)
-                self._trained_last = False
-            elif self._tasks:
-                self._timed(self._train)
-                self._trained_last = True
+            turn = self._timeshare.next(requests=self.engine.has_work, training=bool(self._tasks))
+            if turn is None:
+                continue
+            begin = time.monotonic()
+            if turn == "serving":
+                self._serve()
+            else:
+                self._train()
+            self._timeshare.took(time.monotonic() - begin)
 
     def _take_messages(self) -> bool:
         """Do what the other threads ask for, waiting for it when there is nothing else to do. False: stop."""
@@ -145,24 +148,6 @@ class DeviceLoop:
             except Exception as error:  # the loop must go on; whoever asked has a future that will time out
                 log.error("message failed", **without_text(error))
             is_idle = False
-
-    def _training_is_due(self) -> bool:
-        """Whether training is behind its share. Never twice in a row: a task may be waiting for the engine itself."""
-        if not self._tasks or self._trained_last:
-            return False
-        return self._training_seconds * (1 - TRAINING_SHARE) < self._serving_seconds * TRAINING_SHARE
-
-    def _timed(self, work: Callable[[], None]) -> None:
-        begin = time.monotonic()
-        is_contended = self.engine.has_work and bool(self._tasks)
-        work()
-        seconds = time.monotonic() - begin
-        if not is_contended:
-            self._serving_seconds = self._training_seconds = 0.0
-        elif work == self._serve:
-            self._serving_seconds += seconds
-        else:
-            self._training_seconds += seconds
 
     def _serve(self) -> None:
         try:
@@ -189,9 +174,12 @@ class DeviceLoop:
 
     def _train(self) -> None:
         task = self._tasks[0]
-        self._tasks.rotate(-1)
         try:
             task.step()
+            if not task.is_midway():
+                self._tasks.rotate(-1)
+            if self.base.device.type == "cuda":  # what was only begun would count as the time of the next step
+                torch.cuda.synchronize(self.base.device)
         except StopIteration:
             self._let_go(task)
         except Exception as error:  # a run may fail in any way; the others and the requests go on
@@ -227,7 +215,7 @@ class DeviceLoop:
             finally:  # it has stopped, even where closing its files failed
                 tell(RunEvent(kind="cancelled", progress=run.work.progress))
 
-        self._tasks.append(_Task(spec.training_id, step, fail, close))
+        self._tasks.append(_Task(spec.training_id, step, fail, close, lambda: run.is_midway))
 
     def _stop_run(self, training_id: str, stopped: Future[None]) -> None:
         task = next((task for task in self._tasks if task.name == training_id), None)

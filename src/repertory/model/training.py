@@ -1,6 +1,6 @@
 """A training run: from stored conversations to a voice that was proven, in small steps.
 
-The run is a generator driven by `step()`. It yields after every forward pass (with its backward), so that the host can
+The run is a generator driven by `step()`. It yields after every forward and every backward pass, so that the host can
 answer live requests in between, stop it, or let another run go on; nothing that it computes depends on when that
 happens. A run that died goes on from its last checkpoint and ends with the same bits.
 """
@@ -85,6 +85,7 @@ class TrainingRun:
             growth_interval=STEPS_TO_GROW,
             enabled=base.dtype is torch.float16,
         )
+        self.is_midway = False  # between the forward and the backward pass of a micro-batch, with its activations
         self.overflowed: list[int] = []  # steps, once for each time that they went again with half the scale
         self._story = self._live()
 
@@ -327,7 +328,10 @@ class TrainingRun:
             with base.passing(batch.layout, routing, recompute=config.gradient_checkpointing):
                 # Divided by all tokens of the step, so the cut into micro-batches cannot change the gradient.
                 part = batch.loss(base, routing) / weight
-                self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+            self.is_midway = True
+            yield
+            self.is_midway = False
+            self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
             loss += part.item()
             self.work.advance(3 * batch.layout.token_count)
             yield
