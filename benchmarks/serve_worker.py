@@ -57,7 +57,7 @@ def repertory(args: argparse.Namespace) -> tuple[str, Ask]:
 
     key = BaseKey(base_model=BUNDLED_MODEL, quantization="none", dtype="bf16")
     base = base_module.load(BUNDLED_MODEL, settings(), base_module.detect_device(), key, lambda phase: None)
-    loop = DeviceLoop(base)
+    loop = DeviceLoop(base, settings().training_share)
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def ask(prompts: list[dict[str, Any]], voices: list[str | None], new_tokens: int) -> tuple[int, float | None]:

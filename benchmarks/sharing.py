@@ -49,7 +49,7 @@ def main() -> None:
 
 def measured(base: Base, folder: Path) -> dict[str, Any]:
     alone = steps_alone(base, run_spec(folder, "train_alone"))
-    loop = DeviceLoop(base)
+    loop = DeviceLoop(base, settings().training_share)
     device = threading.Thread(target=loop.run_forever, daemon=True)
     device.start()
     serving, quanta = Durations(loop.engine.step), Durations(TrainingRun.step)

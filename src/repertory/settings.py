@@ -44,6 +44,7 @@ class Settings(Hyperparameters, BaseSettings):
     default_org_id: OrgId | None = None
     host_module: str = "repertory.model.host"  # what a host process runs; tests put the fake one here
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
+    training_share: float = Field(0.2, ge=0, le=0.9)  # of the device's time while requests run; else all of it
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it
 
     min_training_samples: int = Field(1, ge=1)  # conversations; below 100 a job carries a warning

@@ -209,7 +209,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(
 
 
 def test_training_and_serving_share_the_card(load: Load, make_spec: MakeSpec) -> None:
-    loop = DeviceLoop(load("cuda", quantization="4bit"))
+    loop = DeviceLoop(load("cuda", quantization="4bit"), training_share=0.2)
     device = threading.Thread(target=loop.run_forever, daemon=True)
     device.start()
     events: list[RunEvent] = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -23,7 +24,7 @@ DEADLINE_SECONDS = 60.0
 
 @pytest.fixture
 def loop(base: Base) -> Iterator[DeviceLoop]:
-    loop = DeviceLoop(base)
+    loop = DeviceLoop(base, training_share=0.2)
     device = threading.Thread(target=loop.run_forever, daemon=True)
     device.start()
     yield loop
@@ -99,6 +100,30 @@ def test_two_runs_and_requests_share_the_device(loop: DeviceLoop, make_spec: Mak
     assert ask(loop, max_tokens=30).finish_reason == "length"
     one, other = first.until("completed"), second.until("completed")
     assert one.data["report"]["val_nll"] == other.data["report"]["val_nll"]  # the same job beside each other
+
+
+def test_no_run_goes_on_while_another_holds_the_activations_of_a_micro_batch(
+    loop: DeviceLoop, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was measured by itself to fit the memory."""
+    turns: list[tuple[str, bool]] = []
+    step = TrainingRun.step
+
+    def noted(run: TrainingRun) -> RunEvent | None:
+        try:
+            return step(run)
+        finally:
+            turns.append((run.spec.training_id, run.is_midway))
+
+    monkeypatch.setattr(TrainingRun, "step", noted)
+    told = [Told(), Told()]
+    for number, one in enumerate(told):
+        loop.start_run(make_spec(8, training_id=f"train_{number}", num_train_epochs=1), one)
+    for one in told:
+        one.until("completed")
+    assert {training_id for training_id, is_midway in turns if is_midway} == {"train_0", "train_1"}
+    assert all(after == before for (before, is_midway), (after, _) in itertools.pairwise(turns) if is_midway)
+    assert any(after != before for (before, _), (after, _) in itertools.pairwise(turns))
 
 
 def test_a_broken_forward_pass_is_told_and_the_loop_goes_on(loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ class Host:
             self.key, self.download = located.key, None
             with alone(self.turn, lambda: self._say("waiting for its turn to load")):
                 loaded = base.load(self.key.base_model, settings, self.device, self.key, self._say)
-            self._loop = DeviceLoop(loaded)
+            self._loop = DeviceLoop(loaded, settings.training_share)
         except RepertoryError as error:
             log.warning("host failed", code=error.code, reason=error.message)
             self.error = error.info

@@ -62,7 +62,7 @@ class _Task:
 class DeviceLoop:
     """Serving and training on `base`. `run_forever` is the device's thread; everything else may be called from any."""
 
-    def __init__(self, base: Base, training_share: float = 0.2) -> None:
+    def __init__(self, base: Base, training_share: float) -> None:
         self.base = base
         self.engine = Engine(base)
         self.voices = Voices(base)
