@@ -24,8 +24,9 @@ from repertory.catalogue import Catalogue
 from repertory.contracts import BaseKey, Download
 from repertory.errors import BaseModelUnavailable
 from repertory.model import hub as hub_module
-from repertory.model import weights
+from repertory.model import transfer, weights
 from repertory.model.hub import INDEX, SINGLE, Hub
+from repertory.model.lock import alone
 from repertory.settings import Settings
 
 NAME = "acme/tiny-chat"
@@ -61,8 +62,8 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "FIRST_BACKOFF_SECONDS", 0.001)
-    monkeypatch.setattr(hub_module, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "FIRST_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(transfer, "TELL_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_a_hub_out_of_order_for_good_ends_in_an_error(hub: FakeHub, cache: Path,
     error = refusal(settings_for(hub, cache))
     assert reason in error.message
     assert "again later" in error.cure
-    assert len(hub.requests) == hub_module.ATTEMPTS
+    assert len(hub.requests) == transfer.ATTEMPTS
 
 
 def test_a_hub_that_asks_to_wait_for_hours_is_not_waited_for(hub: FakeHub, cache: Path) -> None:
@@ -485,6 +486,23 @@ def test_an_estimate_leaves_nothing_that_could_be_taken_for_a_model(hub: FakeHub
     unreachable = refusal(settings_for(hub, cache, hf_endpoint=unreachable_url()))
     assert unreachable.code == "base_model_unavailable"
     assert same_files(fetch(settings_for(hub, cache)).folder, single)
+
+
+def test_an_estimate_waits_for_no_download_of_the_weights(hub: FakeHub, cache: Path, single: Path) -> None:
+    commit = hub.add(NAME, single)
+    described = weights.locate_outline(key(), settings_for(hub, cache))
+    with alone(Catalogue(cache).snapshot(NAME, commit).parent / ".lock"):  # as a download holds it
+        assert weights.locate_outline(key(), settings_for(hub, cache)) == described
+
+
+def test_an_estimate_gives_a_silent_hub_up_after_two_attempts(
+    hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.is_silent = True
+    monkeypatch.setattr(weights, "OUTLINE_SECONDS", 0.1)
+    with pytest.raises(BaseModelUnavailable, match=r"nothing to speak of for 0\.1 seconds, 2 times in a row"):
+        weights.locate_outline(key(), settings_for(hub, cache))
+    assert len(hub.requests) == 2
 
 
 def test_two_processes_that_want_the_same_download_it_once(hub: FakeHub, cache: Path, single: Path) -> None:

@@ -14,14 +14,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
-import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,19 +26,13 @@ from urllib.parse import quote
 import httpx
 
 from repertory.catalogue import COMMIT, MAIN, Catalogue
-from repertory.contracts import Download
 from repertory.errors import BaseModelUnavailable
 from repertory.manifest import sync_folder
 from repertory.model.lock import alone
+from repertory.model.transfer import PASSING, Attempts, Patience, Progress, Refused, Stalled, Tell, append, body
 from repertory.settings import Settings
 
 CONNECT_SECONDS = 10.0
-ATTEMPTS = 5  # in a row that bring nothing to speak of
-FIRST_BACKOFF_SECONDS = 0.5  # doubles with each of them
-LONGEST_RETRY_AFTER_SECONDS = 60.0  # a hub that asks for more is told of, not waited for
-FRUITFUL_BYTES = 1 << 16  # an attempt that brings this much is no failure, however it ends
-SLOWEST_BYTES_PER_SECOND = 1024  # over the time-out; below, a connection counts as stalled
-TELL_SECONDS = 0.5
 MAX_REDIRECTS = 5
 MAX_DESCRIPTION_BYTES = 256 << 20  # of one file that is not weights; the largest tokenizers have some 35 MB
 MAX_ANSWER_BYTES = 32 << 20  # of the hub's list of files
@@ -56,18 +47,6 @@ SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 # What httpx raises for a proxy or a certificate file of the environment that it cannot use: socks5:// without socksio,
 # say, or a path in SSL_CERT_FILE that is not there.
 UNUSABLE_ENVIRONMENT = (ImportError, OSError, ValueError, httpx.InvalidURL)
-RETRIED = {408, 429, 500, 502, 503, 504}
-
-Tell = Callable[[Download], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a hub is waited for."""
-
-    timeout_seconds: float  # in which it must bring something
-    attempts: int = ATTEMPTS  # in a row that bring nothing to speak of
-    until: float = math.inf  # time.monotonic() at which everything must be over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +125,7 @@ class Hub:
         self._endpoint = settings.hf_endpoint.rstrip("/")
         self._token = settings.huggingface_token
         self._is_offline = settings.hf_hub_offline
-        self.patience = patience or Patience(timeout_seconds=settings.hf_hub_download_timeout)
+        self._patience = patience or Patience(timeout_seconds=settings.hf_hub_download_timeout)
         self._catalogue = Catalogue(settings.model_cache_dir)
 
     def fetch(
@@ -181,6 +160,8 @@ class Hub:
             folder = self._catalogue.partial(name, snapshot.commit)
             if self._catalogue.snapshot(name, snapshot.commit).is_dir():
                 return self._catalogue.snapshot(name, snapshot.commit)
+            if all((folder / file.name).is_file() for file in snapshot.descriptions):
+                return folder  # without waiting for the weights, which another process may be downloading for hours
             with alone(folder.parent / ".lock", lambda: None):
                 folder.mkdir(parents=True, exist_ok=True)
                 for file in snapshot.descriptions:
@@ -199,7 +180,7 @@ class Hub:
 
     def _client(self, name: str) -> httpx.Client:
         self._unless_offline(name)
-        seconds = self.patience.timeout_seconds
+        seconds = self._patience.timeout_seconds
         timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
             return httpx.Client(timeout=timeout, headers={"accept-encoding": "identity", "user-agent": "repertory"})
@@ -229,14 +210,12 @@ class Hub:
         asked = revision or MAIN
         url = f"{self._endpoint}/api/models/{name}/revision/{quote(asked, safe='')}?blobs=true"
         answer = bytearray()
-        attempts = Attempts(name, self)
+        attempts = self._attempts(name)
         while attempts.go_on():
             with attempts.tried(), self._get(client, url, name, asked) as response:
                 answer.clear()
-                pace = Pace(self.patience)
-                for chunk in response.iter_bytes():
+                for chunk in body(response, self._patience):
                     answer += chunk
-                    pace.check(len(chunk))
                     if len(answer) > MAX_ANSWER_BYTES:
                         raise self._no_hub(name)
         try:
@@ -274,7 +253,7 @@ class Hub:
         self, client: httpx.Client, snapshot: Snapshot, file: RemoteFile, part: Path, progress: Progress
     ) -> None:
         url = f"{self._endpoint}/{snapshot.name}/resolve/{snapshot.commit}/{quote(file.name)}"
-        attempts = Attempts(snapshot.name, self)
+        attempts = self._attempts(snapshot.name)
         while attempts.go_on():
             with attempts.tried():
                 begun = part.stat().st_size if part.exists() else 0
@@ -296,31 +275,25 @@ class Hub:
         progress: Progress,
         attempts: Attempts,
     ) -> None:
+        def came(count: int) -> None:
+            attempts.brought(count)
+            progress.add(count)
+
         headers = {"range": f"bytes={begun}-"} if begun else {}
         with self._get(client, url, snapshot.name, snapshot.commit, headers) as response:
             if begun and response.status_code != httpx.codes.PARTIAL_CONTENT:
                 progress.add(-begun)  # a server that sends all of it once more
                 begun = 0
-            pace = Pace(self.patience)
             try:
-                with part.open("r+b" if begun else "wb") as out:
-                    out.seek(begun)
-                    for chunk in response.iter_bytes():
-                        begun += len(chunk)
-                        if begun > size:
-                            break  # `damage` sees to it
-                        out.write(chunk)
-                        attempts.brought(len(chunk))
-                        progress.add(len(chunk))
-                        pace.check(len(chunk))
-                    out.flush()
-                    os.fsync(out.fileno())
+                append(response, part, begun, size, self._patience, came)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise _no_space(snapshot.name, part.parent, size - begun) from error
+                    here = part.stat().st_size if part.exists() else 0
+                    raise _no_space(snapshot.name, part.parent, size - here) from error
                 raise
-        if begun < size:
-            raise httpx.RemoteProtocolError("the connection was closed before the file was whole")
+
+    def _attempts(self, name: str) -> Attempts:
+        return Attempts(self._patience, lambda error: self._exhausted(name, error))
 
     @contextmanager
     def _get(
@@ -343,7 +316,7 @@ class Hub:
         else:
             raise self._no_hub(name)
         try:
-            if response.status_code in RETRIED:
+            if response.status_code in PASSING:
                 raise Refused(response)
             if not response.is_success:
                 raise self._refusal(response, name, revision)
@@ -392,7 +365,7 @@ class Hub:
             f"the hub answers {response.status_code} when asked for {name}", cure=self._other_ways(name)
         )
 
-    def exhausted(self, name: str, error: Exception) -> BaseModelUnavailable:
+    def _exhausted(self, name: str, error: Exception) -> BaseModelUnavailable:
         """After the last attempt."""
         if isinstance(error, Refused):
             wait = f" It asks to wait {error.retry_after:g} seconds." if error.retry_after else ""
@@ -405,14 +378,14 @@ class Hub:
         if isinstance(error, httpx.ReadTimeout | Stalled):
             return BaseModelUnavailable(
                 f"{name} could not be downloaded: the hub sends nothing to speak of for"
-                f" {self.patience.timeout_seconds:g} seconds, {self.patience.attempts} times in a row",
+                f" {self._patience.timeout_seconds:g} seconds, {self._patience.attempts} times in a row",
                 cure="Start the job again when the network is better: what has been downloaded is kept."
                 f" HF_HUB_DOWNLOAD_TIMEOUT sets the seconds. {self._other_ways(name)}",
             )
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
             return BaseModelUnavailable(
                 f"{name} could not be downloaded: the connection to the hub was cut"
-                f" {self.patience.attempts} times in a row",
+                f" {self._patience.attempts} times in a row",
                 cure=f"Start the job again: what has been downloaded is kept. {self._other_ways(name)}",
             )
         return self._unreachable(name, error)
@@ -443,107 +416,6 @@ class Hub:
             " `repertory models register NAME PATH`; gated models also need HUGGINGFACE_TOKEN. Or leave base_model out"
             " to use the default."
         )
-
-
-class Refused(Exception):
-    """A status that may be another one in a while."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(str(response.status_code))
-        self.status = response.status_code
-        told = response.headers.get("retry-after", "")
-        self.retry_after = float(told) if told.isdigit() and len(told) < 10 else 0.0
-
-
-class Stalled(Exception):
-    """A connection that brings a byte now and then."""
-
-
-@dataclass
-class Attempts:
-    """Repeats what the network breaks. Only attempts that bring nothing are counted against it."""
-
-    name: str
-    hub: Hub
-    fruitless: int = 0
-    is_done: bool = False
-    bytes_brought: int = 0
-    wait_seconds: float = 0.0
-
-    def go_on(self) -> bool:
-        if not self.is_done and self.wait_seconds:
-            time.sleep(self.wait_seconds)
-        return not self.is_done
-
-    def brought(self, count: int) -> None:
-        self.bytes_brought += count
-
-    @contextmanager
-    def tried(self) -> Iterator[None]:
-        """One attempt. Raises BaseModelUnavailable after the last one."""
-        self.bytes_brought = 0
-        try:
-            yield
-        except (httpx.RequestError, Refused, Stalled) as error:
-            self.fruitless = 0 if self.bytes_brought >= FRUITFUL_BYTES else self.fruitless + 1
-            asked = error.retry_after if isinstance(error, Refused) else 0.0
-            self.wait_seconds = max(asked, FIRST_BACKOFF_SECONDS * 2 ** max(self.fruitless - 1, 0))
-            is_over = time.monotonic() + self.wait_seconds > self.hub.patience.until
-            if is_over or self.fruitless >= self.hub.patience.attempts or asked > LONGEST_RETRY_AFTER_SECONDS:
-                raise self.hub.exhausted(self.name, error) from error
-        else:
-            self.is_done = True
-
-
-@dataclass
-class Pace:
-    """Notices a connection that is kept alive without bringing anything."""
-
-    patience: Patience
-    since: float = field(default_factory=time.monotonic)
-    count: int = 0
-
-    def check(self, count: int) -> None:
-        self.count += count
-        now = time.monotonic()
-        if now > self.patience.until:
-            raise Stalled
-        seconds = now - self.since
-        if seconds >= self.patience.timeout_seconds:
-            if self.count < SLOWEST_BYTES_PER_SECOND * seconds:
-                raise Stalled
-            self.since, self.count = now, 0
-
-
-@dataclass
-class Progress:
-    """Tells of a download twice a second at the most."""
-
-    commit: str
-    total: int
-    tell: Tell = lambda download: None
-    done: int = 0
-    began: float = field(default_factory=time.monotonic)
-    fresh: int = 0  # bytes since it began
-    told: float = 0.0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        self.fresh = max(self.fresh + count, 0)
-        now = time.monotonic()
-        if now - self.told >= TELL_SECONDS or self.done == self.total:
-            self.told = now
-            rate = self.fresh / max(now - self.began, 0.1)
-            left = (self.total - self.done) / rate if rate else None
-            self.tell(
-                Download(
-                    revision=self.commit,
-                    bytes_done=self.done,
-                    bytes_total=self.total,
-                    bytes_per_second=rate,
-                    eta_seconds=left,
-                )
-            )
 
 
 def shards_in(index: Path, name: str) -> list[str]:

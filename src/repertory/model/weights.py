@@ -22,10 +22,12 @@ from repertory.catalogue import HUB_NAME, Catalogue
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Download
 from repertory.errors import BaseModelUnavailable
 from repertory.model import bundled
-from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, Patience, shards_in, without_safetensors
+from repertory.model.hub import INDEX, MAX_DESCRIPTION_BYTES, SINGLE, Hub, shards_in, without_safetensors
+from repertory.model.transfer import Patience
 from repertory.settings import Settings
 
 QUESTION_SECONDS = 4.0  # somebody waits for the answer; a hub that is well takes a fraction of one
+OUTLINE_SECONDS = 10.0  # in which the hub must bring something of the few files that an estimate takes
 FINGERPRINT_BYTES = 1 << 20  # 1 MiB, three times of each file
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest of well-known models, with tools, has some 20 KB
 MAX_LAYERS = 1024
@@ -98,7 +100,8 @@ def locate_outline(key: BaseKey, settings: Settings) -> Path:
         check_hub_name(key.base_model)
         folder = catalogue.snapshot(key.base_model, key.revision or "none")
         if not folder.is_dir():
-            folder = Hub(settings).describe(key.base_model, key.revision)
+            patience = Patience(timeout_seconds=min(OUTLINE_SECONDS, settings.hf_hub_download_timeout), attempts=2)
+            folder = Hub(settings, patience).describe(key.base_model, key.revision)
     check_described(key.base_model, folder, settings)
     return folder
 
