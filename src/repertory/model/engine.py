@@ -126,7 +126,7 @@ class Engine:
         """
         step = self.scheduler.next_step()
         self._reserve(step)
-        ready = step.decoding + ([step.prefilling] if step.prefilling and step.completes_prompt else [])
+        ready = step.writing
         logits_NV = self._forward(step)
         tokens = sample(logits_NV, ready)
         scores = [self._score(*one) for one in zip(ready, tokens, logits_NV, strict=True)]

@@ -1,18 +1,18 @@
 """Who decodes next: sequences, and the scheduler that lets them join and leave the batch at every step. No torch here.
 
 A sequence waits, is prefilled in chunks, decodes, and finishes. Rows of the batch are dense: the decoding sequences are
-rows 0..n-1, the one being prefilled is row n. Organisations take turns at the door, so that one with a thousand waiting
-requests delays another's by one prefill, not by a thousand.
+rows 0..n-1, the one being prefilled is row n. Which organisation is let in next is for `fair_queue` to say.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, Usage
+from repertory.model.fair_queue import FairQueue
 from repertory.model.textstream import TextStream
 
 
@@ -33,6 +33,8 @@ class Sequence:
     told_scores: int = 0
     cached_tokens: int = 0  # of prompt and output, in the KV cache
     is_finished: bool = False
+    came_at: float = field(default_factory=monotonic)
+    queue_seconds: float = 0.0
 
     @property
     def org_id(self) -> str:
@@ -53,6 +55,7 @@ class Sequence:
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.output_ids),
             dropped_messages=self.dropped_messages,
+            queue_seconds=self.queue_seconds,
         )
 
     def append(self, token: int, score: SampledToken | None = None) -> None:
@@ -94,6 +97,11 @@ class Step:
         one = self.prefilling
         return one is not None and one.cached_tokens + self.chunk_tokens >= len(one.prompt_ids)
 
+    @property
+    def writing(self) -> list[Sequence]:
+        """Those that get a token in it."""
+        return [*self.decoding, *([self.prefilling] if self.prefilling and self.completes_prompt else [])]
+
 
 class Scheduler:
     """Admits waiting sequences as rows become free and plans each step."""
@@ -105,7 +113,7 @@ class Scheduler:
         self.fits = fits
         self.decoding: list[Sequence] = []
         self.prefilling: Sequence | None = None
-        self._waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()  # the organisation to admit next comes first
+        self._queue = FairQueue()
 
     @property
     def running(self) -> list[Sequence]:
@@ -113,46 +121,46 @@ class Scheduler:
 
     @property
     def waiting_count(self) -> int:
-        return sum(len(queue) for queue in self._waiting.values())
+        return len(self._queue)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self._waiting)
+        return bool(self.running or self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.setdefault(sequence.org_id, deque()).append(sequence)
+        self._queue.add(sequence)
+        self._queue.forget({one.org_id for one in self.running})
 
     def next_step(self) -> Step:
-        if self.prefilling is None and self._waiting:
+        if self.prefilling is None:
             self.prefilling = self._admit()
         chunk = 0
         if self.prefilling is not None:
             left = len(self.prefilling.prompt_ids) - self.prefilling.cached_tokens
             chunk = min(left, self.chunk_tokens)
-        return Step(list(self.decoding), self.prefilling, chunk)
+        step = Step(list(self.decoding), self.prefilling, chunk)
+        for sequence in step.writing:
+            self._queue.charge(sequence.org_id, output_tokens=1)
+        return step
 
     def _admit(self) -> Sequence | None:
-        """The next sequence of the organisation whose turn it is, if it fits beside those that run."""
-        org_id, queue = next(iter(self._waiting.items()))
-        running = [*self.decoding, queue[0]]
+        """The sequence whose turn it is, if it fits beside those that run. Nobody overtakes one that does not."""
+        sequence = self._queue.first
+        if sequence is None:
+            return None
+        running = [*self.decoding, sequence]
         if len(running) > self.max_rows or not self.fits(len(running), max(s.most_tokens for s in running)):
             return None
-        sequence = queue.popleft()
-        del self._waiting[org_id]
-        if queue:
-            self._waiting[org_id] = queue  # to the end of the line
+        # Charged as soon as it is let in, or its organisation would be let in again before its prompt is read.
+        self._queue.charge(sequence.org_id, prompt_tokens=len(sequence.prompt_ids) - sequence.cached_tokens)
+        self._queue.remove(sequence)
+        sequence.queue_seconds = monotonic() - sequence.came_at
         return sequence
 
     def take_waiting(self) -> list[Sequence]:
         """Everyone who waits, who no longer does."""
-        waiting = [sequence for queue in self._waiting.values() for sequence in queue]
-        self._waiting.clear()
-        return waiting
+        return self._queue.clear()
 
     def drop(self, sequence: Sequence) -> None:
         """Take a waiting sequence out; a running one leaves through `is_finished`."""
-        queue = self._waiting.get(sequence.org_id)
-        if queue and sequence in queue:
-            queue.remove(sequence)
-            if not queue:
-                del self._waiting[sequence.org_id]
+        self._queue.remove(sequence)
