@@ -34,7 +34,7 @@ run: $(VENV)/.installed  ## start the service on port 8300
 	@$(BIN)/python -m src.main
 
 test: $(VENV)/.installed-dev  ## the tests, in minutes and without network
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev  ## the learned-voice matrix, the demo, the commands of the README
 	$(BIN)/python -m pytest -m "slow and not gpu"

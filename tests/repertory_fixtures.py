@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
-from repertory.contracts import BaseKey, Hyperparameters, RunEvent, RunSpec
+from repertory.contracts import BaseKey, GenerateRequest, Hyperparameters, RunEvent, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.model import base as base_module
@@ -84,6 +84,13 @@ def conversation(turns: int, at: int = 0) -> Conversation:
         messages.append(Message(role="user", content=f"{GREETINGS[pick]} {at}"))
         messages.append(Message(role="assistant", content=f"{ANSWERS[pick]} {turn}"))
     return Conversation(messages=messages)
+
+
+def greedy(question: str, max_tokens: int, **asked: Any) -> GenerateRequest:
+    """What asks for the likeliest tokens."""
+    about: dict[str, Any] = {"request_id": "r", "org_id": "o", "adapter": None}
+    values = {"temperature": 0, "top_p": 1, "top_k": 0, "max_tokens": max_tokens}
+    return GenerateRequest(messages=[Message(role="user", content=question)], **(about | values | asked))
 
 
 @pytest.fixture

@@ -188,6 +188,7 @@ def test_a_gated_model_with_a_token_without_access_fails_with_the_cure(
     assert "Accept its licence" in error["cure"]
 
 
+@pytest.mark.slow  # test_hub.py has the same error without a job, and quick retries
 def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub: FakeHub, original: Path) -> None:
     hub.add("acme/stalls", original)
     hub.stall_after = 100
@@ -196,6 +197,7 @@ def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub
     assert "HF_HUB_DOWNLOAD_TIMEOUT" in error["cure"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_cuts_for_ever_fails_the_job_in_the_end(
     service: RunningService, hub: FakeHub, original: Path
 ) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny
-from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, RunEvent, TokenChunk
-from repertory.data.conversations import Message
+from repertory.contracts import AdapterRef, BaseKey, RunEvent, TokenChunk
 from repertory.data.prepare import with_system
 from repertory.model import base as base_module
 from repertory.model.attention import Scoring, causal_attention
@@ -26,7 +25,7 @@ from repertory.model.microbatch import MicroBatch
 from repertory.model.probe import demand
 from repertory.model.voices import Voices
 from repertory.settings import Settings
-from repertory_fixtures import MakeSpec, conversation, run_to_end, steps_of
+from repertory_fixtures import MakeSpec, conversation, greedy, run_to_end, steps_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -239,16 +238,7 @@ def ask(loop: DeviceLoop) -> list[int]:
         if chunk.finish_reason or chunk.error:
             ended.set()
 
-    request = GenerateRequest(
-        request_id="r",
-        org_id="o",
-        adapter=None,
-        messages=[Message(role="user", content="Hello!")],
-        temperature=0,
-        top_p=1,
-        top_k=0,
-        max_tokens=8,
-    )
+    request = greedy("Hello!", max_tokens=8)
     sequence = loop.engine.sequence(request, None, None, take)
     loop.submit(sequence)
     assert ended.wait(DEADLINE_SECONDS)

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from repertory.contracts import GenerateRequest, RunEvent, TokenChunk
-from repertory.data.conversations import Message
+from repertory.contracts import EstimateRequest, Hyperparameters, RunEvent, TokenChunk
 from repertory.errors import NotFound, RepertoryError, Unavailable
+from repertory.model import loop as loop_module
 from repertory.model.attention import KVCache
 from repertory.model.base import Base
+from repertory.model.host import Host, make_app
 from repertory.model.loop import DeviceLoop
 from repertory.model.training import TrainingRun
-from repertory_fixtures import MakeSpec
+from repertory_fixtures import MakeSpec, conversation, greedy
 
 DEADLINE_SECONDS = 60.0
 
@@ -212,6 +215,43 @@ def test_a_cache_that_could_not_grow_in_all_layers_grows_later(monkeypatch: pyte
         assert keys[0, :, :10].eq(layer + 1).all()
 
 
+def test_an_estimate_is_given_up_when_the_connection_of_who_asked_closes(
+    loop: DeviceLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, is_given_up = threading.Event(), threading.Event()
+
+    def endless(*_: object) -> Iterator[None]:
+        try:
+            while True:
+                has_begun.set()
+                yield
+        finally:
+            is_given_up.set()
+
+    monkeypatch.setattr(loop_module, "estimate", endless)
+    host = Host("tiny/llama-gqa", None, None, Path("unused"))
+    host._loop = loop
+    asked = EstimateRequest(
+        key=loop.base.key, conversations=[conversation(1)], hyperparameters=Hyperparameters(), validation_split=0
+    )
+    arriving = [{"type": "http.request", "body": asked.model_dump_json().encode()}]
+
+    async def receive() -> dict[str, object]:
+        if arriving:
+            return arriving.pop()
+        await asyncio.to_thread(has_begun.wait, DEADLINE_SECONDS)
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        """Nobody listens."""
+
+    scope = {"type": "http", "method": "POST", "path": "/estimate", "headers": [], "query_string": b""}
+    asyncio.run(asyncio.wait_for(make_app(host)(scope, receive, send), DEADLINE_SECONDS))
+    assert has_begun.is_set()
+    assert is_given_up.wait(DEADLINE_SECONDS)
+    assert ask(loop).error is None
+
+
 def ask(loop: DeviceLoop, max_tokens: int = 5) -> TokenChunk:
     """The last chunk of a reply that does not stop by itself."""
     return ask_later(loop, max_tokens)()[0]
@@ -233,16 +273,7 @@ def ask_later(
         assert ended.wait(DEADLINE_SECONDS)
         return last[0], sequence.output_ids
 
-    request = GenerateRequest(
-        request_id="r",
-        org_id="o",
-        adapter=None,
-        messages=[Message(role="user", content=question)],
-        temperature=0,
-        top_p=1,
-        top_k=0,
-        max_tokens=max_tokens,
-    )
+    request = greedy(question, max_tokens=max_tokens)
     sequence = loop.engine.sequence(request, None, None, take)
     sequence.stop_ids = set()
     loop.submit(sequence)

@@ -13,33 +13,24 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from repertory.contracts import AdapterRef, BaseKey, Device, GenerateRequest, Hyperparameters
-from repertory.data.conversations import Message
+from repertory.contracts import AdapterRef, BaseKey, Device, Hyperparameters
 from repertory.model import base as base_module
 from repertory.model.base import DTYPES, Base, _quantization
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter
 from repertory.model.voices import Voices
-from repertory_fixtures import LoadBase, MakeSpec, run_to_end, steps_of, weights_sha256
+from repertory_fixtures import LoadBase, MakeSpec, greedy, run_to_end, steps_of, weights_sha256
 
 FAMILY = "llama-gqa"
 MODES = [("none", "fp32"), ("none", "bf16"), ("8bit", "fp32"), ("4bit", "fp32"), ("4bit", "bf16"), ("fp4", "fp32")]
 
 
-def greedy(base: Base, adapter: Adapter | None, question: str) -> tuple[list[int], list[int]]:
+def reply(base: Base, adapter: Adapter | None, question: str) -> tuple[list[int], list[int]]:
     """Prompt and reply."""
     engine = Engine(base)
-    request = GenerateRequest(
-        request_id="r",
-        org_id="o",
-        adapter=None,
-        messages=[Message(role="user", content=question)],
-        temperature=0,
-        top_p=1,
-        top_k=0,
-        max_tokens=24,
+    sequence = engine.sequence(
+        greedy(question, max_tokens=24), adapter, "You are a helpful pirate.", lambda chunk: None
     )
-    sequence = engine.sequence(request, adapter, "You are a helpful pirate.", lambda chunk: None)
     sequence.stop_ids = set()
     engine.submit(sequence)
     while engine.has_work:
@@ -70,7 +61,7 @@ def test_a_voice_is_trained_resumed_published_and_served_in_its_precision(
 
     ref = AdapterRef(org_id="org", training_id=broken.training_id, path=broken.output_dir)
     voice = Voices(base).get(ref)
-    prompt, reply = greedy(base, voice.adapter, "Tell me a joke")
+    prompt, replied = reply(base, voice.adapter, "Tell me a joke")
     theirs: Any = AutoModelForCausalLM.from_pretrained(
         cache / "tiny" / FAMILY, dtype=DTYPES[dtype], device_map="cpu", quantization_config=_quantization(base.key)
     )
@@ -87,12 +78,12 @@ def test_a_voice_is_trained_resumed_published_and_served_in_its_precision(
             do_sample=False,
             eos_token_id=None,
         )
-        assert reply == whole_ids[0, len(prompt) :].tolist()
-        assert reply != greedy(base, None, "Tell me a joke")[1]
+        assert replied == whole_ids[0, len(prompt) :].tolist()
+        assert replied != reply(base, None, "Tell me a joke")[1]
     else:  # bf16 rounds differently from shape to shape, so likely tokens are compared instead of the likeliest
         with torch.inference_mode():
-            logits = theirs(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1].float()
-        chosen = logits.gather(1, torch.tensor(reply)[:, None])[:, 0]
+            logits = theirs(torch.tensor([prompt + replied])).logits[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(replied)[:, None])[:, 0]
         assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 import tiny
-from repertory.contracts import GenerateRequest
-from repertory.data.conversations import Message
 from repertory.data.prepare import with_system
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
 from repertory.model.microbatch import MicroBatch
-from repertory_fixtures import LoadBase, MakeSpec, conversation, run_to_end, steps_of, weights_sha256
+from repertory_fixtures import LoadBase, MakeSpec, conversation, greedy, run_to_end, steps_of, weights_sha256
 
 DROPOUT = 0.2
 
@@ -110,17 +108,8 @@ def test_serving_between_a_forward_and_its_backward_disturbs_neither(base: Base)
 
 
 def reply(engine: Engine, adapter: Adapter) -> list[int]:
-    request = GenerateRequest(
-        request_id="r",
-        org_id="o",
-        adapter=None,
-        messages=[Message(role="user", content="Hello!")],
-        temperature=0,
-        top_p=1,
-        top_k=0,
-        max_tokens=8,
-    )
-    sequence = engine.sequence(request, adapter.to(engine.base.device, engine.base.dtype), None, lambda chunk: None)
+    voice = adapter.to(engine.base.device, engine.base.dtype)
+    sequence = engine.sequence(greedy("Hello!", max_tokens=8), voice, None, lambda chunk: None)
     sequence.stop_ids = set()
     engine.submit(sequence)
     while engine.has_work:

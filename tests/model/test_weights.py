@@ -18,7 +18,7 @@ import tiny
 from repertory.contracts import BaseKey, Dtype
 from repertory.errors import BaseModelUnavailable, RepertoryError
 from repertory.model import base as base_module
-from repertory.model import weights
+from repertory.model import bundled, weights
 from repertory.model.hub import INDEX, SINGLE
 from repertory.settings import Settings
 
@@ -332,3 +332,12 @@ def test_a_single_file_is_preferred_to_an_index_as_transformers_does(folder: Pat
     everything = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     save_file(everything, folder / SINGLE, metadata={"format": "pt"})
     assert weights.files(folder, NAME) == [folder / SINGLE]
+
+
+def test_the_bundled_model_is_used_from_a_cache_where_no_lock_can_be_held(folder: Path) -> None:
+    """As on a read-only disk, which root could still write to here: a folder lies where the lock would."""
+    folder.with_name(f".{folder.name}.lock").mkdir()
+    bundled.provide(folder, weights.silent)
+    (folder / "config.json").unlink()
+    with pytest.raises(IsADirectoryError):
+        bundled.provide(folder, weights.silent)

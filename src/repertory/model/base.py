@@ -28,6 +28,7 @@ from repertory.contracts import BaseKey, Device
 from repertory.data.conversations import Message
 from repertory.data.render import Renderer
 from repertory.errors import BaseModelUnavailable, InsufficientMemory, RepertoryError
+from repertory.model import gguf
 from repertory.model.attention import (
     ATTENTION,
     CachedRows,
@@ -37,6 +38,7 @@ from repertory.model.attention import (
     check_masks,
     layout_in_force,
 )
+from repertory.model.diagnosis import cpu_facts
 from repertory.model.gatedmlp import slim_gated_mlps
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
@@ -46,19 +48,7 @@ from repertory.model.weights import fingerprint, locate
 from repertory.settings import Settings
 
 # What transformers raises for files that are damaged or that it does not understand.
-UNLOADABLE = (
-    OSError,
-    ValueError,
-    ImportError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+UNLOADABLE = (*gguf.UNREADABLE, AssertionError, SafetensorError, StrictDataclassError)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_TOKENS = 32
 PADDING = 32
@@ -75,13 +65,8 @@ def detect_device() -> Device:
             memory_bytes=facts.total_memory,
             has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
         )
-    able = torch.cpu.get_capabilities()
-    return Device(
-        kind="cpu",
-        name=str(able.get("cpu_name", "CPU")),
-        memory_bytes=psutil.virtual_memory().total,
-        has_bf16=bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16")),
-    )
+    cpu = cpu_facts()
+    return Device(kind="cpu", name=cpu["name"], memory_bytes=psutil.virtual_memory().total, has_bf16=cpu["has_bf16"])
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def provide(folder: Path, say: Callable[[str], None]) -> None:
     """Make `folder` hold the model in safetensors. Of several processes that call this at once, one works."""
+    if (folder / "config.json").is_file():
+        return  # before the lock, which a cache on a read-only disk could not hold
     with alone(folder.with_name(f".{folder.name}.lock")):
         if (folder / "config.json").is_file():
             return

@@ -26,7 +26,7 @@ def torch_facts() -> dict[str, Any]:
         "cuda_refusal": None if available or not said else f"{said[-1].message}".splitlines()[0],
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if available else [],
         "architectures": torch.cuda.get_arch_list() if available else [],
-        "cpu": _cpu(),
+        "cpu": cpu_facts(),
     }
 
 
@@ -56,7 +56,8 @@ def _gpu(index: int) -> dict[str, Any]:
     return {"name": facts.name, "capability": capability, "free_bytes": free, "total_bytes": total}
 
 
-def _cpu() -> dict[str, Any]:
+def cpu_facts() -> dict[str, Any]:
+    """Its name, and whether it computes bf16 at full speed."""
     import torch
 
     able = torch.cpu.get_capabilities()

@@ -9,7 +9,7 @@ from pathlib import Path
 from repertory.errors import BaseModelUnavailable
 from repertory.manifest import sync_folder
 
-# What the readers of GGUF raise for files that are damaged or that they do not understand.
+# What transformers raises for files that are damaged or that it does not understand.
 UNREADABLE = (
     OSError,
     ValueError,

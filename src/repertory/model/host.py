@@ -24,10 +24,11 @@ import structlog
 import uvicorn
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from repertory.connection import unless_disconnected
 from repertory.contracts import (
     AdapterRef,
     BaseKey,
@@ -228,14 +229,15 @@ def make_app(host: Host) -> Starlette:
         asked = await _body(request, EvaluateRequest)
         loop = host.loop
         voice = await asyncio.to_thread(loop.voices.get, asked.adapter)
-        evaluation = await asyncio.wrap_future(loop.evaluate(voice, asked))
+        evaluation = await unless_disconnected(request, asyncio.wrap_future(loop.evaluate(voice, asked)))
         return _json(evaluation)
 
     async def estimate(request: Request) -> Response:
         asked = await _body(request, EstimateRequest)
         loop = host.loop
         outline, renderer = await asyncio.get_running_loop().run_in_executor(askers, host.outline, asked.key)
-        answer = await asyncio.wrap_future(loop.estimate(outline, renderer, asked))
+        estimated = loop.estimate(outline, renderer, asked)
+        answer = await unless_disconnected(request, asyncio.wrap_future(estimated))
         return _json(answer)
 
     async def check_on_hub(request: Request) -> Response:
@@ -266,6 +268,9 @@ def make_app(host: Host) -> Starlette:
         assert isinstance(error, RepertoryError)
         return JSONResponse({"error": error.info.model_dump()}, status_code=error.status)
 
+    async def nobody_listens(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
+
     return Starlette(
         routes=[
             Route("/health", health),
@@ -279,7 +284,7 @@ def make_app(host: Host) -> Starlette:
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),
         ],
-        exception_handlers={RepertoryError: refused},
+        exception_handlers={RepertoryError: refused, ClientDisconnect: nobody_listens},
     )
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,19 +231,26 @@ class DeviceLoop:
         stopped.set_result(None)
 
     def _start_task(self, work: Generator[None, None, Any], result: Future[Any]) -> None:
+        """Until it is done, or until `result` is cancelled because nobody waits for it any more."""
+
+        def fail(error: ErrorInfo) -> None:
+            if result.set_running_or_notify_cancel():
+                result.set_exception(RepertoryError.from_info(error))
+
         portions = _resulting(work, result)
-        self._tasks.append(
-            _Task(
-                name="",
-                step=lambda: next(portions),
-                fail=lambda error: result.set_exception(RepertoryError.from_info(error)),
-                close=portions.close,
-            )
-        )
+        self._tasks.append(_Task(name="", step=lambda: next(portions), fail=fail, close=portions.close))
 
 
 def _resulting(work: Generator[None, None, Any], result: Future[Any]) -> Generator[None, None, None]:
-    result.set_result((yield from work))
+    with closing(work):
+        while not result.cancelled():
+            try:
+                next(work)
+            except StopIteration as end:
+                if result.set_running_or_notify_cancel():
+                    result.set_result(end.value)
+                return
+            yield
 
 
 def _info_of(error: Exception) -> ErrorInfo:

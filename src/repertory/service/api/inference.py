@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
+from repertory.connection import unless_disconnected
 from repertory.contracts import GenerateRequest, TokenChunk
 from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unauthenticated
 from repertory.service.api.body import body_of, optional_body_of
@@ -35,7 +36,6 @@ from repertory.service.api.replies import (
     ready_host,
     reply,
     unavailable,
-    unless_disconnected,
 )
 from repertory.service.api.schemas import (
     Generate,

@@ -17,13 +17,14 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 
+from repertory.connection import unless_disconnected
 from repertory.contracts import BaseKey, GenerateRequest, SampledToken, TokenChunk, TokenLogprob, Usage
 from repertory.errors import InvalidInput, JobFailed, NotFound, RepertoryError, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import Caller, MayInfer, ServiceDep
 from repertory.service.api.errors import error_body
 from repertory.service.api.openai_schemas import ChatCompletion, Completing, TextCompletion
-from repertory.service.api.replies import END, EventStream, Voice, chain, event, reply, unavailable, unless_disconnected
+from repertory.service.api.replies import END, EventStream, Voice, chain, event, reply, unavailable
 from repertory.service.models import LATEST, Version
 from repertory.service.service import Service
 

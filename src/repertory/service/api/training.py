@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import anyio
 import structlog
-from fastapi import APIRouter, Depends, Header, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from repertory.connection import unless_disconnected
 from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateRequest
 from repertory.data.imports import ImportSummary
 from repertory.errors import DataUnusable, InvalidInput, Unavailable
@@ -69,7 +70,10 @@ async def start(
 
 @router.post("/estimate")
 async def estimate(
-    service: ServiceDep, caller: MayTrain, body: Annotated[StartTraining, Depends(body_of(StartTraining))]
+    request: Request,
+    service: ServiceDep,
+    caller: MayTrain,
+    body: Annotated[StartTraining, Depends(body_of(StartTraining))],
 ) -> Estimate:
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
     caller.organisation(body.org_id)
@@ -77,7 +81,7 @@ async def estimate(
     config = submission.config
     on_dataset = None if submission.dataset_id is None else service.imports.get(submission.dataset_id, body.org_id)
     with any_host(service, submission.base_model, config.hyperparameters) as (host, key):
-        request = EstimateRequest(
+        asked = EstimateRequest(
             key=key,
             conversations=body.conversations,
             conversations_path=None if on_dataset is None else str(service.imports.conversations_path(on_dataset)),
@@ -86,7 +90,7 @@ async def estimate(
             system_prompt=config.system_prompt,
         )
         try:
-            return await host.estimate(request)
+            return await unless_disconnected(request, host.estimate(asked))
         except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
             raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
 
@@ -119,7 +123,10 @@ async def cancel(service: ServiceDep, caller: MayTrain, training_id: str) -> Tra
 
 @router.post("/evaluate")
 async def evaluate(
-    service: ServiceDep, caller: MayTrain, body: Annotated[EvaluateModel, Depends(body_of(EvaluateModel))]
+    request: Request,
+    service: ServiceDep,
+    caller: MayTrain,
+    body: Annotated[EvaluateModel, Depends(body_of(EvaluateModel))],
 ) -> ModelEvaluated:
     """Perplexity of base and voice, and their replies to the test prompts side by side."""
     if body.model_id == BASE:
@@ -130,7 +137,7 @@ async def evaluate(
         )
     version = await run_in_threadpool(service.models.find, caller.organisation(body.org_id), body.model_id)
     held_out = service.datasets.conversations_path(version.org_id, version.training_id)
-    request = EvaluateRequest(
+    asked = EvaluateRequest(
         org_id=version.org_id,
         adapter=version.adapter,
         conversations_path=str(held_out) if body.conversations is None else None,
@@ -138,7 +145,7 @@ async def evaluate(
         test_prompts=body.test_prompts,
     )
     with ready_host(service, version.key) as host:
-        metrics = await host.client.evaluate(request)
+        metrics = await unless_disconnected(request, host.client.evaluate(asked))
     return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
 
 
