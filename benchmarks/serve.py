@@ -49,6 +49,9 @@ PEERS_PYTHON = Path(".venv-peers/bin/python")  # `make bench-serve-peers`
 OURS = ("transformers", "peft")  # peers that live in our own environment
 MODULES = {name: name for name in OURS} | {"vllm": "vllm", "vllm-lora": "vllm", "llama.cpp": "llama_cpp"}
 
+LINGERING = ("vllm", "vllm-lora")  # its processes spin for a second after a request, which would cost the next system
+LINGERING_SECONDS = 1.5
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -156,7 +159,10 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
-        return Answer(**self._answer())
+        answer = Answer(**self._answer())
+        if self.system in LINGERING:
+            time.sleep(LINGERING_SECONDS)
+        return answer
 
     def end(self) -> None:
         assert self.process.stdin is not None

@@ -1,7 +1,7 @@
 """`python -m benchmarks.sharing`: what serving and training on one base model cost each other.
 
-The host's own loop over the device, bundled model: a run alone, then in the loop without requests, then requests alone,
-then both. Readers are 8, each with a voice of its own, who ask again as soon as they are answered. Of the run whole
+The host's own loop over the device, bundled model, in turn: a run without requests, requests while the run waits, and
+both. Readers are 8, each with a voice of its own, who ask again as soon as they are answered. Of the run whole
 optimizer steps are timed, of the requests the gaps between the tokens of a reply. Prints one line of JSON.
 """
 
@@ -25,18 +25,18 @@ from repertory.contracts import BUNDLED_MODEL, BaseKey, GenerateRequest, Hyperpa
 from repertory.data.conversations import Message
 from repertory.model import base as base_module
 from repertory.model.base import Base
-from repertory.model.engine import Engine
 from repertory.model.loop import DeviceLoop
 from repertory.model.lora import Adapter
 from repertory.model.training import TrainingRun
 from repertory.settings import settings
 
+RUN = "train_bench"
 READERS = 8
 NEW_TOKENS = 64
-STEPS = 6  # optimizer steps alone, the first of which are not timed
-UNTIMED = 2
-ALONE_SECONDS = 20.0
-TOGETHER_SECONDS = 60.0
+ROUNDS = 3
+STEPS = 3  # optimizer steps without requests, in each round
+ALONE_SECONDS = 10.0
+TOGETHER_SECONDS = 40.0
 
 
 def main() -> None:
@@ -48,43 +48,70 @@ def main() -> None:
 
 
 def measured(base: Base, folder: Path) -> dict[str, Any]:
-    alone = steps_alone(base, run_spec(folder, "train_alone"))
     loop = DeviceLoop(base, settings().training_share)
+    served, trained = Durations(loop.engine.step), Durations(TrainingRun.step)
+    loop.engine.step = served  # type: ignore[method-assign]
+    TrainingRun.step = lambda run: trained(run)  # type: ignore[method-assign]
     device = threading.Thread(target=loop.run_forever, daemon=True)
     device.start()
-    serving, quanta = Durations(loop.engine.step), Durations(TrainingRun.step)
-    loop.engine.step = serving  # type: ignore[method-assign]
-    TrainingRun.step = lambda run: quanta(run)  # type: ignore[method-assign]
     readers = [Reader(loop, random_voice(base, seed).to(base.device, base.dtype)) for seed in range(READERS)]
-
-    read_alone = read(readers, ALONE_SECONDS)
-    step_alone = serving.taken()
     steps = Steps()
-    loop.start_run(run_spec(folder, "train_shared"), steps)
-    steps.until(STEPS)
-    idle = steps.seconds()[:STEPS]
-    quanta.taken()
-    begin = len(steps.ends)
-    read_together = read(readers, TOGETHER_SECONDS)
-    together = steps.seconds()[begin:]
-    quantum = quanta.taken()
-    loop.stop_run("train_shared").result()
+    loop.start_run(run_spec(folder), steps)
+    steps.until(2)  # the first ones have new shapes
+
+    alone, together = Read(), Read()
+    idle_steps: list[float] = []
+    shared_steps: list[float] = []
+    busy: list[float] = []
+    step_times: list[float] = []
+    quanta: list[float] = []
+    for _ in range(ROUNDS):
+        first = steps.until(steps.count + 1)
+        trained.taken()
+        last = steps.until(first + STEPS)
+        idle_steps += steps.seconds(first, last)
+        busy.append(sum(trained.taken()) / sum(steps.seconds(first, last)))
+
+        loop.timeshare.share, share = 0.0, loop.timeshare.share  # the run waits
+        served.taken()
+        alone.add(readers, ALONE_SECONDS)
+        step_times += served.taken()
+
+        loop.timeshare.share = share
+        first = steps.count
+        trained.taken()
+        together.add(readers, TOGETHER_SECONDS)
+        shared_steps += steps.seconds(first + 1, steps.count)
+        quanta += trained.taken()
+    loop.stop_run(RUN).result()
     loop.stop()
     device.join()
-    usual = statistics.median(alone[UNTIMED:])
-    gaps = sorted(read_together.gaps)
+    quantum, step = percentiles(quanta), percentiles(step_times)
+    gap = percentiles(together.gaps)
     return {
-        "tokens_per_second_alone": round(read_alone.tokens_per_second, 1),
-        "tokens_per_second_while_training": round(read_together.tokens_per_second, 1),
-        "serving_keeps": round(read_together.tokens_per_second / read_alone.tokens_per_second, 3),
-        "training_step_seconds_alone": round(usual, 3),
-        "training_keeps_without_requests": round(usual / statistics.median(idle[UNTIMED:]), 3),
-        "training_keeps_while_serving": round(usual / statistics.mean(together), 3) if together else 0.0,
-        "gap_ms": {"p50": at(gaps, 0.5), "p95": at(gaps, 0.95), "p99": at(gaps, 0.99), "worst": at(gaps, 1)},
-        "gap_ms_alone": {"p50": at(sorted(read_alone.gaps), 0.5), "p99": at(sorted(read_alone.gaps), 0.99)},
-        "quantum_ms": {"p50": at(quantum, 0.5), "longest": at(quantum, 1), "count": len(quantum)},
-        "step_ms": {"p50": at(step_alone, 0.5), "p99": at(step_alone, 0.99)},
+        "training_share": share,
+        "tokens_per_second_alone": round(alone.tokens_per_second, 1),
+        "tokens_per_second_while_training": round(together.tokens_per_second, 1),
+        "serving_keeps": round(together.tokens_per_second / alone.tokens_per_second, 3),
+        "training_step_seconds": round(statistics.mean(idle_steps), 3),
+        "training_step_seconds_while_serving": round(statistics.mean(shared_steps), 3),
+        "training_keeps_while_serving": round(statistics.mean(idle_steps) / statistics.mean(shared_steps), 3),
+        "training_keeps_without_requests": round(statistics.mean(busy), 3),  # time in its own steps
+        "gap_ms": gap,
+        "gap_ms_alone": percentiles(alone.gaps),
+        "quantum_ms": quantum,
+        "step_ms": step,
+        "p99_gap_over_quantum_and_step": round(gap["p99"] / (quantum["worst"] + step["p50"]), 3),
     }
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+
+    def at(share: float) -> float:
+        return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1000, 1)
+
+    return {"p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "worst": at(1)}
 
 
 class Durations:
@@ -102,8 +129,8 @@ class Durations:
             self._seconds.append(time.perf_counter() - begin)
 
     def taken(self) -> list[float]:
-        """Sorted, since the last time."""
-        seconds, self._seconds = sorted(self._seconds), []
+        """Since the last time."""
+        seconds, self._seconds = self._seconds, []
         return seconds
 
 
@@ -122,23 +149,45 @@ class Steps:
                 self.ends.append(time.perf_counter())
                 self._grown.notify_all()
 
-    def until(self, count: int) -> None:
+    @property
+    def count(self) -> int:
+        return len(self.ends)
+
+    def until(self, count: int) -> int:
         with self._grown:
             assert self._grown.wait_for(lambda: len(self.ends) >= count, 300)
+        return count
 
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in itertools.pairwise(self.ends)]
+    def seconds(self, first: int, last: int) -> list[float]:
+        """Of the steps from the end of number `first` to that of number `last`, counted from 1."""
+        return [after - before for before, after in itertools.pairwise(self.ends[first - 1 : last])]
 
 
 @dataclass
 class Read:
-    seconds: float
+    """What came to the readers."""
+
+    seconds: float = 0.0
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    def add(self, readers: list[Reader], seconds: float) -> None:
+        """All of them at once, for so many seconds; what comes later does not count."""
+        begin = time.perf_counter()
+        threads = [threading.Thread(target=reader.read_until, args=(begin + seconds,)) for reader in readers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.seconds += seconds
+        for times in itertools.chain(*(reader.replies for reader in readers)):
+            within = [moment for moment in times if moment < begin + seconds]
+            self.tokens += len(within)
+            self.gaps += [after - before for before, after in itertools.pairwise(within)]
 
 
 class Reader:
@@ -149,6 +198,7 @@ class Reader:
         self.replies: list[list[float]] = []
 
     def read_until(self, end: float) -> None:
+        self.replies = []
         while time.perf_counter() < end:
             ended = threading.Event()
             request = GenerateRequest(
@@ -178,55 +228,21 @@ class Reader:
             assert ended.wait(300)
 
 
-def read(readers: list[Reader], seconds: float) -> Read:
-    """All at once, for about so many seconds; the tokens that came in them."""
-    for reader in readers:
-        reader.replies = []
-    begin = time.perf_counter()
-    threads = [threading.Thread(target=reader.read_until, args=(begin + seconds,)) for reader in readers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = Read(seconds)
-    for times in itertools.chain(*(reader.replies for reader in readers)):
-        within = [moment for moment in times if moment < begin + seconds]
-        found.tokens += len(within)
-        found.gaps += [after - before for before, after in itertools.pairwise(within)]
-    return found
-
-
-def run_spec(folder: Path, name: str) -> RunSpec:
-    data = folder / f"{name}.jsonl"
+def run_spec(folder: Path) -> RunSpec:
+    data = folder / "conversations.jsonl"
     work = workload("A", 96)
     data.write_text("".join(chat.model_dump_json() + "\n" for chat in work.conversations))
     return RunSpec(
         org_id="bench",
-        training_id=name,
+        training_id=RUN,
         base_model=BUNDLED_MODEL,
         conversations_path=str(data),
-        output_dir=str(folder / name),
-        checkpoint_dir=str(folder / f"{name}-checkpoints"),
+        output_dir=str(folder / RUN),
+        checkpoint_dir=str(folder / "checkpoints"),
         hyperparameters=Hyperparameters(batch_size=8, gradient_accumulation_steps=1, num_train_epochs=10),
         validation_split=0.02,
         system_prompt=work.system_prompt,
     )
-
-
-def steps_alone(base: Base, spec: RunSpec) -> list[float]:
-    """Seconds of optimizer steps of a run that nothing else is beside, not even the loop."""
-    run, steps = TrainingRun(spec, base, Engine(base)), Steps()
-    while len(steps.ends) <= STEPS:
-        event = run.step()
-        if event is not None:
-            steps(event)
-    run.close()
-    return steps.seconds()
-
-
-def at(ordered: list[float], share: float) -> float:
-    """Milliseconds at this share of the sorted seconds."""
-    return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)] * 1000, 1)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def write_version(folder: Path, adapter: Adapter, outline: Outline, renderer: Re
     """A version of the organisation whose name the folder has, as a finished run leaves it."""
     folder.mkdir(parents=True)
     metadata = outline.key.model_dump() | {
+        "training_id": folder.name,
         "base_fingerprint": fingerprint,
         "template_sha256": renderer.template_sha256,
         "system_prompt": None,

@@ -103,12 +103,16 @@ def test_a_run_that_died_ends_with_the_same_bits(base: Base, make_spec: MakeSpec
     assert weights_sha256(broken) == weights_sha256(whole)
 
 
-def test_a_run_that_died_while_replies_were_generated_ends_with_the_same_bits(base: Base, make_spec: MakeSpec) -> None:
-    """Serving steps between the forward passes, other ones before and after the death, change nothing."""
-    whole = make_spec(26, training_id="train_whole", save_steps=5, lora_dropout=0.1)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_that_died_while_replies_were_generated_ends_with_the_same_bits(
+    base: Base, make_spec: MakeSpec, checkpointing: bool
+) -> None:
+    """Serving steps between forward and backward passes, other ones before and after the death, change nothing."""
+    options = {"save_steps": 5, "lora_dropout": 0.1, "gradient_checkpointing": checkpointing}
+    whole = make_spec(26, training_id="train_whole", **options)
     expected = steps_of(run_to_end(base, whole))
     voice = Adapter.load(Path(whole.output_dir), base.layers)
-    broken = make_spec(26, training_id="train_broken", save_steps=5, lora_dropout=0.1)
+    broken = make_spec(26, training_id="train_broken", **options)
     asked = 0
 
     def keep_talking(engine: Engine) -> None:

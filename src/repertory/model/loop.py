@@ -69,7 +69,7 @@ class DeviceLoop:
         self.voices = Voices(base)
         self._tasks: deque[_Task] = deque()  # the one whose turn it is comes first
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._timeshare = TimeShare(training_share)
+        self.timeshare = TimeShare(training_share)
         self._rate: float | None = None  # of `plan.Work`, as the last run had it
 
     # From any thread
@@ -124,7 +124,7 @@ class DeviceLoop:
     def run_forever(self) -> None:
         """Until `stop`. Runs in progress are left as they are: they go on from their checkpoints another time."""
         while self._take_messages():
-            turn = self._timeshare.next(requests=self.engine.has_work, training=bool(self._tasks))
+            turn = self.timeshare.next(requests=self.engine.has_work, training=bool(self._tasks))
             if turn is None:
                 continue
             begin = time.monotonic()
@@ -132,7 +132,7 @@ class DeviceLoop:
                 self._serve()
             else:
                 self._train()
-            self._timeshare.took(time.monotonic() - begin)
+            self.timeshare.took(time.monotonic() - begin)
 
     def _take_messages(self) -> bool:
         """Do what the other threads ask for, waiting for it when there is nothing else to do. False: stop."""
