@@ -1,0 +1,36 @@
+"""`make bench-serve` on its smallest rows: the numbers of a busy machine say nothing, but they must come."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_serving_benchmark_measures_what_it_is_asked_for_and_keeps_the_rest(tmp_path: Path) -> None:
+    output = tmp_path / "serving.json"
+    output.write_text(json.dumps({"rows": {"start": {"ready_seconds": 1.0, "first_seconds": 2.0}}}))
+    command = [sys.executable, "-m", "benchmarks.serve", "--rows", "one", "mixed-8", "persona", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--peers", "transformers", "peft", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(output.read_text())
+    rows = results["rows"]
+    assert rows["start"] == {"ready_seconds": 1.0, "first_seconds": 2.0}
+    assert rows["one"].keys() >= {"repertory", "transformers"}
+    assert rows["mixed-8"].keys() >= {"repertory", "peft"}
+    assert all(rows[row]["repertory"]["tokens_per_second"] > 0 for row in ("one", "mixed-8"))
+    assert 0 < rows["persona"]["second_ms"]
+    assert 0 < results["memory"]["repertory_share"] < 1
+    assert {"device", "cores", "torch"} <= results["machine"].keys()
