@@ -31,6 +31,6 @@ def test_the_serving_benchmark_measures_what_it_is_asked_for_and_keeps_the_rest(
     assert rows["one"].keys() >= {"repertory", "transformers"}
     assert rows["mixed-8"].keys() >= {"repertory", "peft"}
     assert all(rows[row]["repertory"]["tokens_per_second"] > 0 for row in ("one", "mixed-8"))
-    assert 0 < rows["persona"]["second_ms"]
+    assert rows["persona"]["second_ms"] > 0
     assert 0 < results["memory"]["repertory_share"] < 1
     assert {"device", "cores", "torch"} <= results["machine"].keys()
