@@ -124,7 +124,7 @@ def generation_rate(base: Base, owners: list[Adapter | None]) -> dict[str, float
     steps: list[float] = []
     while engine.has_work:
         before = time.perf_counter()
-        full = len(engine.scheduler.decoding) == len(owners) and engine.scheduler.prefilling is None
+        full = len(engine.scheduler.decoding) == len(owners) and not engine.scheduler.prefilling
         engine.step()
         if full:
             steps.append(time.perf_counter() - before)

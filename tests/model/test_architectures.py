@@ -74,7 +74,7 @@ def test_two_voices_trained_and_reloaded_speak_beside_the_base_as_in_peft(
         for spec in specs
     ]
     engine = Engine(base)
-    engine.scheduler.chunk_tokens = 16  # long prompts come in several chunks while others decode
+    engine.scheduler.step_tokens = 16  # long prompts come in several chunks while others decode
     speakers = [None, *voices]
     sequences = []
     for at, question in enumerate(QUESTIONS):

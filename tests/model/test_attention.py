@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import tiny
 from repertory.data.render import NO_LABEL, Row
 from repertory.model import attention
-from repertory.model.attention import KVCache, PackedRows, causal_mask
+from repertory.model.attention import PackedRows, causal_mask
 from repertory.model.base import Base
 from repertory.model.lora import Adapter, LoraConfig, Training
 from repertory.model.microbatch import MicroBatch, common_prefix, grouped
@@ -118,19 +118,3 @@ def test_a_window_hides_what_is_older() -> None:
 def test_positions_continue_the_prefix_in_every_row() -> None:
     layout = PackedRows(prefix=2, lengths=(3, 1), device=torch.device("cpu"))
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 2]
-
-
-def test_the_cache_keeps_what_it_holds_when_it_grows_and_when_rows_change_places() -> None:
-    cache = KVCache(1)
-    like = torch.zeros(1, 2, 1, 4)
-    cache.reserve(2, 100)
-    keys, values = cache.layer(0, like)
-    keys[0, :, :10], keys[1, :, :10] = 1.0, 2.0
-    values[1, :, :10] = 3.0
-    cache.reserve(3, 600)
-    cache.swap(0, 1, 10)
-    keys, values = cache.layer(0, like)
-    assert keys.shape == (4, 2, 1024, 4)
-    assert keys[0, :, :10].eq(2).all()
-    assert keys[1, :, :10].eq(1).all()
-    assert values[0, :, :10].eq(3).all()

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from repertory.contracts import GenerateRequest, TokenChunk
+from repertory.contracts import AdapterRef, GenerateRequest, TokenChunk
 from repertory.data.conversations import Message
 from repertory.errors import ErrorInfo, InvalidInput
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, LoraConfig
+from repertory.model.prefixes import BLOCK_TOKENS
 from repertory.model.scheduler import Sequence
 
 QUESTIONS = ["Hello!", "Tell me a joke about the weather and about music " * 4, "ok", "coffee or tea?" * 9, "home"]
@@ -30,14 +31,14 @@ def adapter_of(base: Base, seed: int, rank: int = 4) -> Adapter:
 
 
 def ask(
-    engine: Engine, question: str, adapter: Adapter | None, told: list[TokenChunk] | None = None, **asked: Any
+    engine: Engine, question: str, adapter: Adapter | None, told: list[TokenChunk] | None = None, /, **asked: Any
 ) -> Sequence:
-    values: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "max_tokens": 12}
+    values: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "max_tokens": 12, "adapter": None}
+    system = [Message(role="system", content=asked.pop("system"))] if "system" in asked else []
     request = GenerateRequest(
         request_id="r",
         org_id=asked.pop("org_id", "org"),
-        adapter=None,
-        messages=asked.pop("messages", [Message(role="user", content=question)]),
+        messages=[*system, Message(role="user", content=question)],
         **(values | asked),
     )
     sequence = engine.sequence(request, adapter, None, (told if told is not None else []).append)
@@ -212,7 +213,7 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone(base: Base) -> Non
 
 def test_a_cancelled_prompt_in_the_middle_of_its_prefill_leaves_the_others_alone(base: Base) -> None:
     engine = Engine(base)
-    engine.scheduler.chunk_tokens = 16
+    engine.scheduler.step_tokens = 16
     expected = ask(engine, "Hello!", None, max_tokens=20)
     drain(engine)
     first = ask(engine, "Hello!", None, max_tokens=20)
@@ -225,6 +226,142 @@ def test_a_cancelled_prompt_in_the_middle_of_its_prefill_leaves_the_others_alone
     later = ask(engine, "Hello!", None, max_tokens=20)
     drain(engine)
     assert first.output_ids == later.output_ids == expected.output_ids
+
+
+PERSONA = "You are a helpful pirate who talks of music and of the weather, and likes coffee more than tea. " * 15
+
+
+def version(org_id: str, training_id: str) -> AdapterRef:
+    return AdapterRef(org_id=org_id, training_id=training_id, path="/nowhere")
+
+
+@pytest.fixture
+def computed(base: Base, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens went through the base model, pass by pass."""
+    counts: list[int] = []
+    hidden = Base.hidden
+
+    def counting(self: Base, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        counts.append(len(ids))
+        return hidden(self, ids, positions)
+
+    monkeypatch.setattr(Base, "hidden", counting)
+    return counts
+
+
+def test_a_personas_system_prompt_is_computed_once_for_each_version(base: Base, computed: list[int]) -> None:
+    """The first reply's first token costs the whole prompt, the second's what is its own of it."""
+    engine, voice = Engine(base), adapter_of(base, 1)
+
+    def prompt_cost(question: str, voice: Adapter | None, **asked: Any) -> tuple[Sequence, int]:
+        computed.clear()
+        sequence = ask(engine, question, voice, system=PERSONA, max_tokens=1, **asked)
+        drain(engine)
+        return sequence, sum(computed)
+
+    first, first_cost = prompt_cost("Hello!", voice, adapter=version("org", "train_1"))
+    second, second_cost = prompt_cost("And how is the weather?", voice, adapter=version("org", "train_1"))
+    assert first_cost == len(first.prompt_ids) > 500
+    assert second_cost == len(second.prompt_ids) - second.reused_tokens < 0.1 * first_cost
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens == second.reused_tokens
+    for org_id, training_id in (("org", "train_2"), ("other", "train_1")):
+        again, cost = prompt_cost("Hello!", voice, org_id=org_id, adapter=version(org_id, training_id))
+        assert cost == len(again.prompt_ids)
+    for org_id in ("org", "other"):  # over the bare base organisations share nothing either
+        again, cost = prompt_cost("Hello!", None, org_id=org_id)
+        assert cost == len(again.prompt_ids)
+        assert prompt_cost("Good morning!", None, org_id=org_id)[1] < 0.1 * cost
+    for _ in range(2):  # an adapter that is no version yet, under evaluation, is not the bare base
+        tried, cost = prompt_cost("Hello!", voice)
+        assert cost == len(tried.prompt_ids)
+
+
+def test_replies_are_the_same_whether_their_beginning_was_computed_or_found(base: Base) -> None:
+    """fp32: mixed voices and the base, greedy and sampled, with prompts that come together and one after the other."""
+    voices = {"train_1": adapter_of(base, 1), "train_2": adapter_of(base, 2), None: None}
+
+    def replies(engine: Engine) -> list[list[int]]:
+        said = []
+        for question in ("Hello!", "ok", "Hello! What do you like to do?"):
+            for training_id, voice in voices.items():
+                ref = version("org", training_id) if training_id else None
+                how: dict[str, Any] = {"system": PERSONA, "adapter": ref}
+                said.append(ask(engine, question, voice, **how))
+                said.append(ask(engine, question, voice, temperature=0.9, seed=len(said), **how))
+            drain(engine)
+        return [one.output_ids for one in said]
+
+    with_cache, without = Engine(base), Engine(base)
+    without.prefixes.most_bytes = 0
+    assert replies(with_cache) == replies(without)
+    assert with_cache.prefixes.held_bytes > 0
+
+
+def test_prompts_that_begin_alike_and_come_together_compute_their_beginning_once(
+    base: Base, computed: list[int]
+) -> None:
+    engine, voice = Engine(base), adapter_of(base, 1)
+    questions = ["Hello!", "ok", "good morning", "How are you?"]
+    sequences = [
+        ask(engine, question, voice, system=PERSONA, adapter=version("org", "train_1"), max_tokens=1)
+        for question in questions
+    ]
+    drain(engine)
+    own = [len(one.prompt_ids) - one.reused_tokens for one in sequences]
+    assert sum(computed) == sum(own) < len(sequences[0].prompt_ids) + 200
+
+
+def test_an_unloaded_version_leaves_nothing_in_the_prefix_cache(base: Base) -> None:
+    engine, voice = Engine(base), adapter_of(base, 1)
+    ref = version("org", "train_1")
+    ask(engine, "Hello!", voice, system=PERSONA, adapter=ref)
+    ask(engine, "Hello! " * 10, None)
+    drain(engine)
+    whole = engine.prefixes.held_bytes
+    in_flight = ask(engine, "Something else. " * 30, voice, system=PERSONA, adapter=ref)
+    engine.step()
+    engine.forget("org", "train_1")
+    drain(engine)
+    assert len(in_flight.output_ids) == 12
+    assert 0 < engine.prefixes.held_bytes < 0.2 * whole  # the bare base's
+
+
+def test_the_prefix_cache_stays_within_its_bytes(base: Base) -> None:
+    engine = Engine(base)
+    engine.prefixes.most_bytes = 40 * BLOCK_TOKENS * base.cache_bytes_per_token
+    for at in range(4):
+        ask(engine, f"{at} {PERSONA}", None, max_tokens=1)
+        drain(engine)
+        assert engine.prefixes.held_bytes <= engine.prefixes.most_bytes
+    assert engine.prefixes.held_bytes == engine.prefixes.most_bytes
+
+
+def test_where_memory_runs_out_the_prefix_cache_is_given_up_before_a_sequence(base: Base) -> None:
+    engine = Engine(base)
+    told: list[TokenChunk] = []
+    sequence = ask(engine, "Hello! " * 20, None, told)
+    engine.step()
+    assert engine.prefixes.held_bytes
+    engine.shed(ErrorInfo(code="out_of_memory", message="m", cure="c"))
+    assert not engine.prefixes.held_bytes
+    drain(engine)
+    assert len(sequence.output_ids) == 12
+    engine.prefixes.clear()
+    late = ask(engine, "Hello!", None, told)
+    engine.scheduler.admit()
+    engine.shed(ErrorInfo(code="out_of_memory", message="m", cure="c"))
+    assert late.is_finished
+    assert told[-1].error is not None
+
+
+def test_short_prompts_of_different_voices_are_read_in_one_step(base: Base, computed: list[int]) -> None:
+    engine = Engine(base)
+    engine.scheduler.step_tokens = 512
+    sequences = [ask(engine, "Hello!", adapter_of(base, at), org_id=f"o{at}") for at in range(4)]
+    engine.step()
+    assert computed == [sum(len(one.prompt_ids) for one in sequences)]
+    assert [len(one.output_ids) for one in sequences] == [1] * 4
 
 
 def test_the_recorded_system_prompt_is_used_where_none_is_sent(base: Base) -> None:
@@ -271,7 +408,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(base: Base) -> None:
 def test_a_long_request_is_not_refused_because_many_are_in_flight(base: Base) -> None:
     """Beside eight rows it would not fit; alone it does, so it has to wait and not to fail."""
     engine = Engine(base)
-    engine.cache_bytes = engine.cache.bytes_if(8, 200, base.cache_bytes_per_token)
+    engine.cache_bytes = engine.cache.bytes_if([200] * 8, base.cache_bytes_per_token)
     for at in range(8):
         ask(engine, "Hello!", None, org_id=f"o{at}", max_tokens=30)
     for _ in range(10):
@@ -283,7 +420,7 @@ def test_a_long_request_is_not_refused_because_many_are_in_flight(base: Base) ->
 
 def test_a_sequence_waits_while_the_cache_is_full(base: Base) -> None:
     engine = Engine(base)
-    engine.cache_bytes = engine.cache.bytes_if(2, 200, base.cache_bytes_per_token)
+    engine.cache_bytes = engine.cache.bytes_if([200] * 2, base.cache_bytes_per_token)
     sequences = [ask(engine, "Hello!", None, org_id=f"o{at}") for at in range(5)]
     most = 0
     while engine.has_work:

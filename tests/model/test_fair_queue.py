@@ -23,7 +23,7 @@ class Simulation:
     """Steps a scheduler as the engine does, without a model; every reply gets as long as it may."""
 
     def __init__(self, rows: int, shapes: dict[str, list[Shape]]) -> None:
-        self.scheduler = Scheduler(rows, 16, lambda rows, tokens: True)
+        self.scheduler = Scheduler(rows, 16, lambda sequences: True)
         self.shapes = {org: cycle(pattern) for org, pattern in shapes.items()}
         self.waiting: Counter[str] = Counter()
         self.given: Counter[str] = Counter()  # weighted tokens
@@ -36,22 +36,26 @@ class Simulation:
             self.waiting[org] += 1
 
     def step(self) -> None:
-        before = self.scheduler.prefilling
+        before = set(self.scheduler.prefilling)
+        self.scheduler.admit()
+        for one in self.scheduler.prefilling:
+            if one not in before:
+                self.admitted.append(one.org_id)
+                self.waiting[one.org_id] -= 1
+                self.given[one.org_id] += PROMPT_WEIGHT * len(one.prompt_ids)
         step = self.scheduler.next_step()
-        reading = step.prefilling
-        if reading is not None and reading is not before:
-            self.admitted.append(reading.org_id)
-            self.waiting[reading.org_id] -= 1
-            self.given[reading.org_id] += PROMPT_WEIGHT * len(reading.prompt_ids)
         for one in step.writing:
-            one.append(0)
             self.given[one.org_id] += OUTPUT_WEIGHT
-        if reading is not None:
-            reading.cached_tokens += step.chunk_tokens
-            if reading.is_prefilled:
-                self.scheduler.decoding.append(reading)
-                self.scheduler.prefilling = None
-        self.scheduler.decoding = [one for one in self.scheduler.decoding if not one.is_finished]
+        for chunk in step.chunks:
+            is_whole = chunk.completes_prompt
+            chunk.sequence.cached_tokens += chunk.tokens
+            if is_whole:
+                self.scheduler.prefilled(chunk.sequence)
+        for one in list(self.scheduler.decoding):
+            if one in step.writing:
+                one.append(0)
+            if one.is_finished:
+                self.scheduler.leave(one)
 
 
 @settings(deadline=None)
@@ -64,7 +68,7 @@ class Simulation:
 def test_of_two_that_both_wait_neither_is_given_more_beyond_the_bound(
     rows: int, patterns: list[list[Shape]], visits: list[tuple[int, int, int]], begins: int
 ) -> None:
-    """Two always have more to send from some step on; before, and all others, come and go as they like."""
+    """Two have more to send from some step on than there are rows; before, and all others, come and go as they like."""
     simulation = Simulation(rows, {f"org{at}": pattern for at, pattern in enumerate(patterns)})
     bound = 2 * (PROMPT_WEIGHT * LONGEST_PROMPT + OUTPUT_WEIGHT * rows * LONGEST_REPLY)
     leads = []
@@ -74,7 +78,7 @@ def test_of_two_that_both_wait_neither_is_given_more_beyond_the_bound(
                 simulation.send(f"org{org}", times)
         if now >= begins:
             for org in ("org0", "org1"):
-                simulation.send(org, max(0, 2 - simulation.waiting[org]))
+                simulation.send(org, max(0, rows + 1 - simulation.waiting[org]))
             leads.append(simulation.given["org0"] - simulation.given["org1"])
         simulation.step()
     assert max(leads) - min(leads) <= bound
@@ -92,10 +96,8 @@ def test_everybody_is_answered_and_no_row_stands_empty_while_somebody_waits(
         waiting = simulation.scheduler.waiting_count
         running = len(simulation.scheduler.running)
         admitted = len(simulation.admitted)
-        is_reading = simulation.scheduler.prefilling is not None
         simulation.step()
-        if waiting and running < rows and not is_reading:
-            assert len(simulation.admitted) == admitted + 1
+        assert len(simulation.admitted) == admitted + min(waiting, rows - running)
     assert simulation.admitted.count("org0") == sent == simulation.admitted.count("org1")
 
 

@@ -15,7 +15,6 @@ import torch
 from repertory.contracts import EstimateRequest, Hyperparameters, RunEvent, TokenChunk
 from repertory.errors import NotFound, RepertoryError, Unavailable
 from repertory.model import loop as loop_module
-from repertory.model.attention import KVCache
 from repertory.model.base import Base
 from repertory.model.host import Host, make_app
 from repertory.model.loop import DeviceLoop
@@ -187,32 +186,6 @@ def test_where_not_even_one_fits_each_is_told_so(loop: DeviceLoop, monkeypatch: 
         last = [answer()[0] for answer in [ask_later(loop) for _ in range(3)]]
     assert [chunk.error.code for chunk in last if chunk.error] == ["out_of_memory"] * 3
     assert ask(loop).error is None
-
-
-def test_a_cache_that_could_not_grow_in_all_layers_grows_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = KVCache(2)
-    for layer in range(2):
-        keys, _ = cache.layer(layer, torch.zeros(1, 2, 1, 4))
-        keys[0, :, :10] = layer + 1
-    new_zeros, calls = torch.Tensor.new_zeros, []
-
-    def short(tensor: torch.Tensor, *size: object) -> torch.Tensor:
-        calls.append(size)
-        if len(calls) == 2:
-            raise ON_CPU
-        return new_zeros(tensor, *size)  # type: ignore[call-overload, no-any-return]
-
-    monkeypatch.setattr(torch.Tensor, "new_zeros", short)
-    with pytest.raises(RuntimeError):
-        cache.reserve(2, 600)
-    assert cache.rows == 1
-    cache.reserve(1, 100)  # as before
-    cache.reserve(2, 300)
-    for layer in range(2):
-        keys, _ = cache.layer(layer, torch.zeros(1, 2, 1, 4))
-        assert keys.shape[0] >= 2
-        assert keys.shape[2] >= 300
-        assert keys[0, :, :10].eq(layer + 1).all()
 
 
 def test_an_estimate_is_given_up_when_the_connection_of_who_asked_closes(

@@ -1,46 +1,87 @@
 from __future__ import annotations
 
-from typing import Any
-
 from repertory.contracts import TokenChunk
-from repertory.model.scheduler import Scheduler
+from repertory.model.scheduler import Scheduler, Sequence, Step
 from sequences import sequence
 
 
-def run(scheduler: Scheduler, finish_after: int, steps: int) -> list[Any]:
+def step_of(scheduler: Scheduler) -> Step:
+    """What a step of the engine does to the sequences."""
+    scheduler.admit()
+    step = scheduler.next_step()
+    for decoding in step.decoding:
+        decoding.append(0)
+    for chunk in step.chunks:
+        is_complete = chunk.completes_prompt
+        chunk.sequence.cached_tokens += chunk.tokens
+        if is_complete:
+            scheduler.prefilled(chunk.sequence)
+    return step
+
+
+def run(scheduler: Scheduler, finish_after: int, steps: int) -> list[str]:
     """Step like the engine, finishing each sequence after some tokens; returns the orgs in order of admission."""
     admitted = []
     for _ in range(steps):
-        step = scheduler.next_step()
-        for decoding in step.decoding:
-            decoding.append(0)
-            decoding.is_finished = len(decoding.output_ids) >= finish_after
-        if step.prefilling is not None:
-            step.prefilling.cached_tokens += step.chunk_tokens
-            if step.prefilling.is_prefilled:
-                admitted.append(step.prefilling.org_id)
-                scheduler.decoding.append(step.prefilling)
-                scheduler.prefilling = None
-        scheduler.decoding = [one for one in scheduler.decoding if not one.is_finished]
+        admitted += [chunk.sequence.org_id for chunk in step_of(scheduler).chunks if chunk.completes_prompt]
+        for one in list(scheduler.decoding):
+            if len(one.output_ids) >= finish_after:
+                scheduler.leave(one)
     return admitted
 
 
+def chunks_of(step: Step) -> list[tuple[str, int]]:
+    return [(chunk.sequence.org_id, chunk.tokens) for chunk in step.chunks]
+
+
+def anyone(sequences: list[Sequence]) -> bool:
+    return True
+
+
 def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
-    scheduler = Scheduler(4, 16, lambda rows, tokens: True)
+    """A step has 16 tokens: one for the sequence that decodes, the others for the prompt."""
+    scheduler = Scheduler(4, 16, anyone)
     scheduler.decoding.append(sequence())
-    scheduler.add(sequence(prompt=40))
-    chunks = []
-    for _ in range(3):
-        step = scheduler.next_step()
-        assert len(step.decoding) == 1
-        assert step.prefilling is not None
-        step.prefilling.cached_tokens += step.chunk_tokens
-        chunks.append(step.chunk_tokens)
-    assert chunks == [16, 16, 8]
+    scheduler.add(sequence("b", prompt=40))
+    assert [chunks_of(step_of(scheduler)) for _ in range(4)] == [[("b", 15)], [("b", 15)], [("b", 10)], []]
+    assert [one.org_id for one in scheduler.decoding] == ["a", "b"]
+
+
+def test_short_prompts_are_prefilled_together_and_beside_a_long_one() -> None:
+    scheduler = Scheduler(8, 64, anyone)
+    scheduler.add(sequence("long", prompt=500))
+    step_of(scheduler)
+    for org in ("b", "c"):
+        scheduler.add(sequence(org, prompt=20))
+    assert sorted(chunks_of(step_of(scheduler))) == [("b", 20), ("c", 20), ("long", 24)]
+
+
+def test_the_oldest_prompt_has_its_share_however_many_short_ones_come() -> None:
+    scheduler = Scheduler(4, 64, anyone)
+    scheduler.add(sequence("long", prompt=300))
+    for _ in range(40):
+        scheduler.add(sequence("short", prompt=60, max_tokens=1))
+    assert "long" in run(scheduler, 1, 25)
+
+
+def test_a_block_that_is_being_computed_is_waited_for() -> None:
+    """Three prompts of one version, one of which begins otherwise: each block is computed once in a step."""
+    ids, other = list(range(100)), [7, *range(99)]
+    scheduler = Scheduler(8, 64, anyone)
+    for prompt in (ids, ids, other):
+        one = sequence()
+        one.prompt_ids, one.block_keys = prompt, one.version.block_keys(prompt)
+        scheduler.add(one)
+    scheduler.admit()
+    first, second, _ = scheduler.prefilling
+    taken = {chunk.sequence: chunk.tokens for chunk in scheduler.next_step().chunks}
+    assert sum(taken.values()) == 64
+    assert second not in taken
+    assert first in taken
 
 
 def test_nobody_waits_for_all_of_anothers_requests() -> None:
-    scheduler = Scheduler(2, 16, lambda rows, tokens: True)
+    scheduler = Scheduler(2, 16, anyone)
     for _ in range(6):
         scheduler.add(sequence("greedy"))
     scheduler.add(sequence("modest"))
@@ -49,11 +90,11 @@ def test_nobody_waits_for_all_of_anothers_requests() -> None:
 
 
 def test_nobody_is_admitted_beyond_the_rows_or_the_memory() -> None:
-    rows_seen = []
+    asked = []
 
-    def fits(rows: int, tokens: int) -> bool:
-        rows_seen.append((rows, tokens))
-        return rows <= 2
+    def fits(sequences: list[Sequence]) -> bool:
+        asked.append([one.most_tokens for one in sequences])
+        return len(sequences) <= 2
 
     scheduler = Scheduler(8, 16, fits)
     for _ in range(5):
@@ -61,11 +102,16 @@ def test_nobody_is_admitted_beyond_the_rows_or_the_memory() -> None:
     run(scheduler, 100, 5)
     assert len(scheduler.running) == 2
     assert scheduler.waiting_count == 3
-    assert set(rows_seen) == {(1, 10), (2, 10), (3, 10)}
+    assert asked[:3] == [[10], [10, 10], [10, 10, 10]]
+    rows = Scheduler(2, 16, anyone)
+    for _ in range(5):
+        rows.add(sequence())
+    run(rows, 100, 5)
+    assert len(rows.running) == 2
 
 
 def test_a_dropped_sequence_never_runs() -> None:
-    scheduler = Scheduler(1, 16, lambda rows, tokens: True)
+    scheduler = Scheduler(1, 16, anyone)
     dropped = sequence("b")
     scheduler.add(sequence("a"))
     scheduler.add(dropped)

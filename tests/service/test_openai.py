@@ -121,6 +121,16 @@ def test_a_reply_has_all_that_the_client_reads(client: openai.OpenAI, versions: 
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (1, 3, 4)
 
 
+def test_what_of_a_prompt_was_cached_is_told_where_the_client_looks_for_it(
+    client: openai.OpenAI, versions: list[str]
+) -> None:
+    for words, cached in (("Hello there my friend", 0), ("Hello there again friend", 3)):
+        asked = [{"role": "user", "content": words}]
+        reply = client.chat.completions.create(model="oa-org", messages=asked, n=2)  # type: ignore[call-overload]
+        assert reply.usage.prompt_tokens == 4
+        assert reply.usage.prompt_tokens_details.cached_tokens == cached
+
+
 def test_the_async_client_has_the_same(service: RunningService, versions: list[str]) -> None:
     async def ask() -> tuple[str | None, str]:
         http = openai.DefaultAsyncHttpxClient(trust_env=False)

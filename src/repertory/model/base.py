@@ -31,8 +31,6 @@ from repertory.errors import BaseModelUnavailable, InsufficientMemory, Repertory
 from repertory.model import gguf
 from repertory.model.attention import (
     ATTENTION,
-    CachedRows,
-    KVCache,
     Layout,
     PackedRows,
     check_masks,
@@ -40,6 +38,7 @@ from repertory.model.attention import (
 )
 from repertory.model.diagnosis import cpu_facts
 from repertory.model.gatedmlp import slim_gated_mlps
+from repertory.model.kvcache import CachedRows, KVCache
 from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
@@ -441,6 +440,13 @@ def _check_vocabulary(base: Base, name: str) -> None:
         )
 
 
+@dataclass(eq=False)
+class _Checked:
+    """Whose row of the cache is checked."""
+
+    cached_tokens: int = 0
+
+
 @torch.inference_mode()
 def _check_forward(base: Base, name: str) -> None:
     """Compare our packed and cached forward passes with the model's own: whoever computes otherwise is refused here.
@@ -453,8 +459,10 @@ def _check_forward(base: Base, name: str) -> None:
     row = torch.cat((ids[:8], ids[12:]))
     packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
     cache = base.kv_cache()
-    first = CachedRows(cache=cache, pasts=(), chunk=(0, 11), device=base.device)
-    last = CachedRows(cache=cache, pasts=(11,), chunk=None, device=base.device)
+    holder = _Checked()
+    cache.enter(holder, 12)
+    first = CachedRows(cache=cache, decoding=[], chunks=[(holder, 11)], device=base.device)
+    last = CachedRows(cache=cache, decoding=[holder], chunks=[], device=base.device)
     try:
         check_masks(base.model, base.max_positions)
         base.model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -464,6 +472,7 @@ def _check_forward(base: Base, name: str) -> None:
             from_packed = base.logits(base.hidden(ids, packed.positions)[-1:])[0]
         with base.passing(first, None):
             base.hidden(row[:-1], first.positions)
+        holder.cached_tokens = 11
         with base.passing(last, None):
             from_cache = base.logits(base.hidden(row[-1:], last.positions))[0]
     except (AssertionError, RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -10,15 +10,18 @@ import torch
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, TokenLogprob
 from repertory.data.conversations import Message
 from repertory.errors import ErrorInfo, InvalidInput
-from repertory.model.attention import CachedRows
 from repertory.model.base import Base
+from repertory.model.kvcache import CachedRows, KVCache
 from repertory.model.lora import Adapter, AdapterStacks, Serving
+from repertory.model.prefixes import BLOCK_TOKENS, PrefixCache, Version
 from repertory.model.sampling import logprobs, new_sampler, sample
-from repertory.model.scheduler import Scheduler, Sequence, Step
+from repertory.model.scheduler import Chunk, Scheduler, Sequence
 from repertory.model.textstream import TextStream
 
 MAX_ROWS = 32
-CACHE_SHARE = 0.25  # of the memory that is free when the engine is made
+# Of the memory that is free when the engine is made:
+CACHE_SHARE = 0.25  # for the sequences in flight
+PREFIX_SHARE = 0.05  # for what is kept of prompts
 
 
 class Engine:
@@ -28,10 +31,12 @@ class Engine:
         self.base = base
         self.cache = base.kv_cache()
         self.stacks = AdapterStacks()
-        self.cache_bytes = int(_free_bytes(base.device) * CACHE_SHARE)
-        # A chunk of a prompt should take about as long as a reader waits between two words.
-        chunk = 2048 if base.device.type == "cuda" else 128
-        self.scheduler = Scheduler(MAX_ROWS, chunk, self._fits)
+        free = _free_bytes(base.device)
+        self.cache_bytes = int(free * CACHE_SHARE)
+        self.prefixes: PrefixCache[torch.Tensor] = PrefixCache(int(free * PREFIX_SHARE))  # blocks (L, 2, G, T, D)
+        # A step should take about as long as a reader waits between two words.
+        step_tokens = 2048 if base.device.type == "cuda" else 128
+        self.scheduler = Scheduler(MAX_ROWS, step_tokens, self._fits)
 
     @property
     def has_work(self) -> bool:
@@ -69,8 +74,9 @@ class Engine:
             dropped_messages=dropped,
             sampler=new_sampler(request.seed),
         )
-        alone = self.base.kv_cache().bytes_if(1, sequence.most_tokens, self.base.cache_bytes_per_token)
-        if alone > self.cache_bytes:
+        if adapter is None or request.adapter is not None:  # else it is no version yet, but one that is being tried
+            sequence.block_keys = sequence.version.block_keys(prompt_ids)
+        if self._bytes_of([sequence], self.base.kv_cache()) > self.cache_bytes:
             raise InvalidInput(
                 f"a sequence of {sequence.most_tokens} tokens does not fit the memory left for the KV cache",
                 code="prompt_too_long",
@@ -101,13 +107,18 @@ class Engine:
     def shed(self, error: ErrorInfo) -> None:
         """Memory ran out in a step, which has changed nothing: one sequence is given up, and the others go on.
 
-        The one that came last, whose prompt is being read; else the one that may become the longest.
+        The one that came last of those whose prompts are being read; else the one that may become the longest. First of
+        all what is kept of prompts is given up.
         """
+        if self.prefixes.held_bytes:
+            self.prefixes.clear()
+            return
         running = self.scheduler.running
         if not running:
             self.fail_all(error)
             return
-        given_up = self.scheduler.prefilling or max(running, key=lambda sequence: sequence.most_tokens)
+        prefilling = self.scheduler.prefilling
+        given_up = prefilling[-1] if prefilling else max(running, key=lambda sequence: sequence.most_tokens)
         given_up.is_finished = True
         given_up.emit(TokenChunk(error=error))
         self._release_finished()
@@ -118,48 +129,79 @@ class Engine:
         self.scheduler.drop(sequence)
         self._release_finished()
 
+    def forget(self, org_id: str, training_id: str) -> None:
+        """A version was unloaded: nothing is kept of its prompts, nor of those in flight."""
+        version = Version(org_id, training_id)
+        self.prefixes.forget(version)
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            if sequence.version == version:
+                sequence.block_keys = []
+
     @torch.inference_mode()
     def step(self) -> None:
-        """One token for every decoding sequence, and one chunk of a prompt.
+        """One token for every decoding sequence, and chunks of prompts.
 
         Where it breaks off, no sequence has changed: what it left in the cache is written again by the next step.
         """
+        self.scheduler.admit()
+        for sequence in self.scheduler.prefilling:
+            self._provide(sequence)
         step = self.scheduler.next_step()
-        self._reserve(step)
-        ready = step.writing
-        logits_NV = self._forward(step)
+        decoding = sorted(step.decoding, key=self.cache.place)
+        completed = [chunk.sequence for chunk in step.chunks if chunk.completes_prompt]
+        ready = decoding + completed
+        logits_NV = self._forward(decoding, step.chunks)
         tokens = sample(logits_NV, ready)
         scores = [self._score(*one) for one in zip(ready, tokens, logits_NV, strict=True)]
-        for sequence in step.decoding:
+        for chunk in step.chunks:
+            self._keep_blocks(chunk)
+        for sequence in decoding:
             sequence.cached_tokens += 1
-        if step.prefilling is not None:
-            step.prefilling.cached_tokens += step.chunk_tokens
+        for chunk in step.chunks:
+            chunk.sequence.cached_tokens += chunk.tokens
+        for sequence in completed:
+            self.scheduler.prefilled(sequence)
         for sequence, token, score in zip(ready, tokens, scores, strict=True):
             sequence.append(token, score)
-        if step.prefilling is not None and step.prefilling.is_prefilled:
-            self.scheduler.decoding.append(step.prefilling)  # its row n is the next decoding row already
-            self.scheduler.prefilling = None
         self._release_finished()
 
-    def _forward(self, step: Step) -> torch.Tensor:
-        """Logits (n, vocabulary) of the decoding rows, and (n + 1, ...) if a prompt was completed."""
+    def _provide(self, sequence: Sequence) -> None:
+        """A row in the cache, and in it what is known already of the prompt, also from a step ago of another's."""
+        if sequence not in self.cache:
+            self.cache.enter(sequence, sequence.most_tokens)
+        first = sequence.cached_tokens // BLOCK_TOKENS
+        known = self.prefixes.known(sequence.block_keys)
+        if known > first:
+            blocks = self.prefixes.get(sequence.block_keys[:known])[first:]
+            self.cache.write(sequence, first * BLOCK_TOKENS, torch.cat(blocks, dim=3))
+            sequence.reused_tokens += known * BLOCK_TOKENS - sequence.cached_tokens
+            sequence.cached_tokens = known * BLOCK_TOKENS
+
+    def _keep_blocks(self, chunk: Chunk) -> None:
+        """Those that a chunk has completed, for prompts of the same version that begin alike."""
+        sequence = chunk.sequence
+        first = sequence.cached_tokens // BLOCK_TOKENS
+        keys = sequence.block_keys[: chunk.end // BLOCK_TOKENS]
+        if len(keys) > first:
+            held = self.cache.read(sequence, first * BLOCK_TOKENS, len(keys) * BLOCK_TOKENS)
+            blocks = [block.clone() for block in torch.split(held, BLOCK_TOKENS, dim=3)]  # each to be dropped by itself
+            self.prefixes.put(sequence.version, keys, blocks)
+
+    def _forward(self, decoding: list[Sequence], chunks: list[Chunk]) -> torch.Tensor:
+        """Logits (n, vocabulary) of those that decode, and then of those whose prompts are complete."""
         base = self.base
-        ids = [sequence.output_ids[-1] for sequence in step.decoding]
-        pasts = tuple(sequence.cached_tokens for sequence in step.decoding)
-        chunk = None
-        chunks: list[tuple[Adapter | None, int]] = []
-        if step.prefilling is not None:
-            begin = step.prefilling.cached_tokens
-            ids += step.prefilling.prompt_ids[begin : begin + step.chunk_tokens]
-            chunk = (begin, step.chunk_tokens)
-            chunks.append((step.prefilling.adapter, step.chunk_tokens))
-        layout = CachedRows(cache=self.cache, pasts=pasts, chunk=chunk, device=base.device)
-        routing = Serving([sequence.adapter for sequence in step.decoding], chunks, self.stacks)
+        ids = [sequence.output_ids[-1] for sequence in decoding]
+        last = list(range(len(ids)))
+        for chunk in chunks:
+            ids += chunk.sequence.prompt_ids[chunk.sequence.cached_tokens : chunk.end]
+            if chunk.completes_prompt:
+                last.append(len(ids) - 1)
+        spans = [(chunk.sequence, chunk.tokens) for chunk in chunks]
+        layout = CachedRows(cache=self.cache, decoding=decoding, chunks=spans, device=base.device)
+        voices = [(sequence.adapter, tokens) for sequence, tokens in spans]
+        routing = Serving([sequence.adapter for sequence in decoding], voices, self.stacks)
         with base.passing(layout, routing):
             hidden = base.hidden(torch.tensor(ids, device=base.device), layout.positions)
-        last = list(range(len(step.decoding)))
-        if step.completes_prompt:
-            last.append(len(ids) - 1)
         return base.logits(hidden[last])
 
     def _score(self, sequence: Sequence, token: int, logits_V: torch.Tensor) -> SampledToken | None:
@@ -170,32 +212,19 @@ class Engine:
         likeliest = [TokenLogprob(token=text(one), logprob=logprob) for one, logprob in top]
         return SampledToken(token=text(token), logprob=chosen[1], top=likeliest)
 
-    def _reserve(self, step: Step) -> None:
-        running = self.scheduler.running
-        self.cache.reserve(len(running), max(sequence.most_tokens for sequence in running))
-
     def _release_finished(self) -> None:
-        """Keep the decoding rows dense: the last one moves into the place of one that is done."""
-        scheduler = self.scheduler
-        prefilling = scheduler.prefilling
-        if prefilling is not None and prefilling.is_finished:
-            scheduler.prefilling = prefilling = None
-        for row in reversed(range(len(scheduler.decoding))):
-            if not scheduler.decoding[row].is_finished:
-                continue
-            last = len(scheduler.decoding) - 1
-            mover = scheduler.decoding[last]
-            self.cache.swap(row, last, mover.cached_tokens)
-            scheduler.decoding[row] = mover
-            scheduler.decoding.pop()
-            if prefilling is not None:  # it stands one row further down now
-                self.cache.swap(last, last + 1, prefilling.cached_tokens)
-        if not scheduler.running:
-            self.cache.clear()
+        for sequence in [one for one in self.scheduler.running if one.is_finished]:
+            self.scheduler.leave(sequence)
+            if sequence in self.cache:
+                self.cache.leave(sequence)
+        if not self.scheduler.running:
             self.stacks.forget()
 
-    def _fits(self, rows: int, tokens: int) -> bool:
-        return self.cache.bytes_if(rows, tokens, self.base.cache_bytes_per_token) <= self.cache_bytes
+    def _fits(self, sequences: list[Sequence]) -> bool:
+        return self._bytes_of(sequences, self.cache) <= self.cache_bytes
+
+    def _bytes_of(self, sequences: list[Sequence], cache: KVCache) -> int:
+        return cache.bytes_if([one.most_tokens for one in sequences], self.base.cache_bytes_per_token)
 
 
 def _free_bytes(device: torch.device) -> int:

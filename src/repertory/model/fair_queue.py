@@ -10,7 +10,7 @@ w_q are the weights below, L and O the longest prompt and reply in tokens, R the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._waiting.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for queue in self._waiting.values() for sequence in queue)
 
     def add(self, sequence: Sequence) -> None:
         org_id = sequence.org_id
@@ -71,7 +74,7 @@ class FairQueue:
 
     def clear(self) -> list[Sequence]:
         """Everyone who waits, who no longer does."""
-        waiting = [sequence for queue in self._waiting.values() for sequence in queue]
+        waiting = list(self)
         for sequence in waiting:
             self.remove(sequence)
         return waiting

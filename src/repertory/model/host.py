@@ -261,7 +261,7 @@ def make_app(host: Host) -> Starlette:
 
     async def unload_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
-        host.loop.voices.unload(ref.org_id, ref.training_id)
+        host.loop.unload(ref.org_id, ref.training_id)
         return JSONResponse({})
 
     async def refused(_: Request, error: Exception) -> Response:

@@ -1,7 +1,7 @@
 """Who decodes next: sequences, and the scheduler that lets them join and leave the batch at every step. No torch here.
 
-A sequence waits, is prefilled in chunks, decodes, and finishes. Rows of the batch are dense: the decoding sequences are
-rows 0..n-1, the one being prefilled is row n. Which organisation is let in next is for `fair_queue` to say.
+A sequence waits, is prefilled in chunks beside others, decodes, and finishes. Which organisation is let in next is for
+`fair_queue` to say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, Usage
 from repertory.model.fair_queue import FairQueue
+from repertory.model.prefixes import BLOCK_TOKENS, Version
 from repertory.model.textstream import TextStream
 
 
@@ -32,6 +33,8 @@ class Sequence:
     scores: list[SampledToken] = field(default_factory=list)  # of the output, where the request asks for logprobs
     told_scores: int = 0
     cached_tokens: int = 0  # of prompt and output, in the KV cache
+    block_keys: list[bytes] = field(default_factory=list)  # of its prompt, to be kept for others; none: it is not
+    reused_tokens: int = 0  # of the prompt: they were not computed again
     is_finished: bool = False
     came_at: float = field(default_factory=monotonic)
     queue_seconds: float = 0.0
@@ -41,8 +44,9 @@ class Sequence:
         return self.request.org_id
 
     @property
-    def is_prefilled(self) -> bool:
-        return self.cached_tokens >= len(self.prompt_ids)
+    def version(self) -> Version:
+        """The one that was asked for."""
+        return Version(self.org_id, self.request.adapter.training_id if self.request.adapter else None)
 
     @property
     def most_tokens(self) -> int:
@@ -54,6 +58,7 @@ class Sequence:
         return Usage(
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.output_ids),
+            cached_tokens=self.reused_tokens,
             dropped_messages=self.dropped_messages,
             queue_seconds=self.queue_seconds,
         )
@@ -85,39 +90,55 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One forward pass: a token for each decoding sequence, and a chunk of one prompt."""
+class Chunk:
+    """The next tokens of a prompt."""
 
-    decoding: list[Sequence]
-    prefilling: Sequence | None
-    chunk_tokens: int  # of the prompt of `prefilling`
+    sequence: Sequence
+    tokens: int  # how many
+
+    @property
+    def end(self) -> int:
+        return self.sequence.cached_tokens + self.tokens
 
     @property
     def completes_prompt(self) -> bool:
-        one = self.prefilling
-        return one is not None and one.cached_tokens + self.chunk_tokens >= len(one.prompt_ids)
+        return self.end >= len(self.sequence.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: a token for each decoding sequence, and chunks of prompts."""
+
+    decoding: list[Sequence]
+    chunks: list[Chunk]
 
     @property
     def writing(self) -> list[Sequence]:
         """Those that get a token in it."""
-        return [*self.decoding, *([self.prefilling] if self.prefilling and self.completes_prompt else [])]
+        return [*self.decoding, *(chunk.sequence for chunk in self.chunks if chunk.completes_prompt)]
 
 
 class Scheduler:
     """Admits waiting sequences as rows become free and plans each step."""
 
-    def __init__(self, max_rows: int, chunk_tokens: int, fits: Callable[[int, int], bool]) -> None:
-        """`fits(rows, tokens)`: whether the cache may grow to that many rows of that many tokens."""
+    def __init__(self, max_rows: int, step_tokens: int, fits: Callable[[list[Sequence]], bool]) -> None:
+        """`step_tokens`: of one forward pass, as far as prompts decide it; `fits`: whether the cache has room for all
+        of these, as long as they may become.
+        """
         self.max_rows = max_rows
-        self.chunk_tokens = chunk_tokens
+        self.step_tokens = step_tokens
         self.fits = fits
         self.decoding: list[Sequence] = []
-        self.prefilling: Sequence | None = None
+        self.prefilling: list[Sequence] = []  # the oldest first
         self._queue = FairQueue()
 
     @property
     def running(self) -> list[Sequence]:
-        return [*self.decoding, *([self.prefilling] if self.prefilling else [])]
+        return [*self.decoding, *self.prefilling]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return list(self._queue)
 
     @property
     def waiting_count(self) -> int:
@@ -131,25 +152,58 @@ class Scheduler:
         self._queue.add(sequence)
         self._queue.forget({one.org_id for one in self.running})
 
+    def admit(self) -> None:
+        """Let in whom there is room for."""
+        while (admitted := self._admit()) is not None:
+            self.prefilling.append(admitted)
+
     def next_step(self) -> Step:
-        if self.prefilling is None:
-            self.prefilling = self._admit()
-        chunk = 0
-        if self.prefilling is not None:
-            left = len(self.prefilling.prompt_ids) - self.prefilling.cached_tokens
-            chunk = min(left, self.chunk_tokens)
-        step = Step(list(self.decoding), self.prefilling, chunk)
+        """A token for everyone who decodes; the prompts share what is left of the step's tokens."""
+        step = Step(list(self.decoding), self._chunks(max(1, self.step_tokens - len(self.decoding))))
         for sequence in step.writing:
             self._queue.charge(sequence.org_id, output_tokens=1)
         return step
+
+    def _chunks(self, budget: int) -> list[Chunk]:
+        """The shortest prompts go first, so that many are soon answered; the oldest has its share before, so that it
+        never starves. Who would compute a block that another computes in this very step waits for it instead.
+        """
+        if not self.prefilling:
+            return []
+        share = max(1, budget // len(self.prefilling))
+        shortest = sorted(self.prefilling, key=lambda one: len(one.prompt_ids) - one.cached_tokens)
+        taken: dict[Sequence, int] = {}
+        computed: set[bytes] = set()
+        for sequence, most in [(self.prefilling[0], share), *((one, budget) for one in shortest)]:
+            blocks = sequence.block_keys[sequence.cached_tokens // BLOCK_TOKENS :]
+            if sequence not in taken and computed.intersection(blocks[:1]):
+                continue
+            before = taken.get(sequence, 0)
+            left = len(sequence.prompt_ids) - sequence.cached_tokens - before
+            tokens = min(left, most, budget)
+            if tokens:
+                budget -= tokens
+                taken[sequence] = before + tokens
+                end = sequence.cached_tokens + taken[sequence]
+                computed.update(sequence.block_keys[sequence.cached_tokens // BLOCK_TOKENS : end // BLOCK_TOKENS])
+        return [Chunk(sequence, tokens) for sequence, tokens in taken.items()]
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """Its prompt is computed: from now on it decodes."""
+        self.prefilling.remove(sequence)
+        self.decoding.append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """One that runs does so no more."""
+        (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
 
     def _admit(self) -> Sequence | None:
         """The sequence whose turn it is, if it fits beside those that run. Nobody overtakes one that does not."""
         sequence = self._queue.first
         if sequence is None:
             return None
-        running = [*self.decoding, sequence]
-        if len(running) > self.max_rows or not self.fits(len(running), max(s.most_tokens for s in running)):
+        running = [*self.running, sequence]
+        if len(running) > self.max_rows or not self.fits(running):
             return None
         # Charged as soon as it is let in, or its organisation would be let in again before its prompt is read.
         self._queue.charge(sequence.org_id, prompt_tokens=len(sequence.prompt_ids) - sequence.cached_tokens)

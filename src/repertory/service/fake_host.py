@@ -11,7 +11,8 @@ What it plays depends on the base model's name:
     …slow           takes a second to load            …unsupported   is refused when its hub is asked
 
 and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (default 0.02). A message with the word
-"long" is answered with max_tokens words, at 50 a second; one with "die" kills the host.
+"long" is answered with max_tokens words, at 50 a second; one with "die" kills the host; of one with "again"
+all but a word is told to be cached.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ class FakeHost:
             if "long" in message.split():
                 words += [" la"] * (request.max_tokens - len(words))
             prompt = [said.content for said in request.messages] if request.prompt is None else [request.prompt]
-            used = Usage(prompt_tokens=sum(len(said.split()) for said in prompt), completion_tokens=0)
+            prompt_words = sum(len(said.split()) for said in prompt)
+            known_words = prompt_words - 1 if "again" in message.split() else 0
+            used = Usage(prompt_tokens=prompt_words, completion_tokens=0, cached_tokens=known_words)
             for said, word in enumerate(words[: request.max_tokens], 1):
                 time.sleep(WORD_SECONDS)
                 used = used.model_copy(update={"completion_tokens": said})

@@ -231,7 +231,7 @@ class _Answer:
         told = [_logprob(token) | {"top_logprobs": [_logprob(one) for one in token.top]} for token in piece.logprobs]
         return {"content": told, "refusal": None}
 
-    def _usage(self, last: dict[int, TokenChunk]) -> dict[str, int]:
+    def _usage(self, last: dict[int, TokenChunk]) -> dict[str, Any]:
         """A prompt counts once, however many replies it has."""
         used = {at: piece.usage or Usage(prompt_tokens=0, completion_tokens=0) for at, piece in last.items()}
         read = [usage for at, usage in used.items() if at % self.choices_per_prompt == 0]
@@ -241,6 +241,7 @@ class _Answer:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in read)},
             "dropped_messages": sum(usage.dropped_messages for usage in read),
         }
 
