@@ -1,11 +1,13 @@
 """How fast each reader reads, and in how much memory: `make bench-import`.
 
 An export of each format is written from a made-up history, grown to the asked number of messages by repeating its
-records, and read in a process of its own, so that its peak of memory is the reader's.
+records, and read in a process of its own, so that its peak of memory is the reader's. The row `prepared` is a CSV of
+one channel in which nothing is repeated, read and prepared to the end.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -23,6 +25,8 @@ from rich.table import Table
 from tests import exports
 
 from repertory.data.history import Entry
+from repertory.data.preparation.pipeline import PrepareOptions, prepare
+from repertory.data.preparation.scratch import Scratch
 from repertory.data.readers import open_history
 
 SEED_MESSAGES = 10_000
@@ -62,24 +66,33 @@ ARRAYS = {
 }
 LINES = {"discord_csv": 1, "generic_csv": 1, "whatsapp": 1, "irc": 0, "openai_jsonl": 0}
 FOLDERS = ("slack", "messenger", "discord_package")  # of many files by their nature
+PREPARED = "prepared"
 DIALOGUES = ("chatgpt", "claude", "sharegpt", "alpaca", "native", "openai_jsonl")
+
+
+ROWS = [*ARRAYS, *LINES, *FOLDERS, PREPARED]
 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks.imports")
     parser.add_argument("--messages", type=int, default=1_000_000)
-    parser.add_argument("--format", action="append", choices=[*ARRAYS, *LINES, *FOLDERS])
+    parser.add_argument("--format", action="append", choices=ROWS)
     parser.add_argument("--read", type=Path, help="read this export and print what it took")
+    parser.add_argument("--persona", help="and prepare it")
     asked = parser.parse_args()
     if asked.read:
-        print(json.dumps(_read(asked.read)))
+        print(json.dumps(_measured(asked.read, asked.persona)))
         return
     results = {}
-    for name in asked.format or [*ARRAYS, *LINES, *FOLDERS]:
+    for name in asked.format or ROWS:
         scratch = Path(tempfile.mkdtemp(prefix="bench-import-"))
         try:
-            path = _grown(name, asked.messages // SEED_MESSAGES, scratch)
+            if name == PREPARED:
+                path = _unrepeated(asked.messages, scratch)
+            else:
+                path = _grown(name, asked.messages // SEED_MESSAGES, scratch)
             command = [sys.executable, "-m", "benchmarks.imports", "--read", str(path)]
+            command += ["--persona", "u1"] if name == PREPARED else []
             results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         finally:
             shutil.rmtree(scratch)
@@ -92,10 +105,17 @@ def main() -> None:
     Console(stderr=True).print(table)
 
 
-def _read(path: Path) -> dict[str, float]:
+def _measured(path: Path, persona: str | None) -> dict[str, float]:
     begun = time.process_time()
     with open_history(path) as history:
-        messages = sum(entry.kind == "said" for entry in history)
+        if persona is None:
+            messages = sum(entry.kind == "said" for entry in history)
+        else:
+            with Scratch() as scratch:
+                prepared = prepare(history, PrepareOptions(persona=[persona]), scratch)
+                learned = sum(len(line) for line in prepared.conversations.lines())
+                assert learned, "as much as the worker writes"
+            messages = history.report.messages
     return {
         "messages": messages,
         "cpu_seconds": time.process_time() - begun,
@@ -134,10 +154,20 @@ def _grown(name: str, times: int, folder: Path) -> Path:
     return path
 
 
-def _history(channel: str, *, dialogue: bool) -> Iterable[Entry]:
+def _unrepeated(messages: int, folder: Path) -> Path:
+    path = folder / "chat.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "author", "timestamp", "text"])
+        for entry in _history("1", messages, dialogue=False):
+            rows.writerow([entry.id, entry.author_id, f"{entry.time:.0f}", f"{entry.text} {entry.id}"])
+    return path
+
+
+def _history(channel: str, messages: int = SEED_MESSAGES, *, dialogue: bool) -> Iterable[Entry]:
     drawn = random.Random(channel)
     clock = 1_500_000_000.0
-    for number in range(SEED_MESSAGES):
+    for number in range(messages):
         clock += drawn.randint(1, 300)
         author = ("user", "assistant")[number % 2] if dialogue else f"u{drawn.randint(1, 5)}"
         yield Entry(

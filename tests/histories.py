@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from repertory.data.conversations import Conversation, Message
 from repertory.data.history import Entry, History, ImportReport
-from repertory.data.preparation.pipeline import Prepared, PrepareOptions, prepare
+from repertory.data.preparation.pipeline import PreparationReport, PrepareOptions, prepare
+from repertory.data.preparation.scratch import Scratch
+from repertory.data.prepare import Split
 
 T0 = 1_700_000_000
 
@@ -18,8 +21,31 @@ def say(who: str, text: str, minute: float = 0, **more: Any) -> Entry:
     return Entry(channel=more.pop("channel", "c"), id=ident, author_id=who, text=text, time=T0 + 60 * minute, **more)
 
 
-def run(entries: Iterable[Entry], persona: str = "ana", **options: Any) -> Prepared:
-    return prepare(History(list(entries), ImportReport("test")), PrepareOptions(persona=[persona], **options))
+@dataclass(frozen=True)
+class Made:
+    """What a preparation came to, all of it in memory."""
+
+    conversations: list[Conversation]
+    authors: list[list[str]]
+    system_prompt: str | None
+    split: Split
+    report: PreparationReport
+
+
+def made_of(history: History, options: PrepareOptions) -> Made:
+    with Scratch() as scratch:
+        made = prepare(history, options, scratch)
+        authors = list(made.conversations.authors())
+        return Made(list(made.conversations), authors, made.system_prompt, made.split, made.report)
+
+
+def run(entries: Iterable[Entry], persona: str = "ana", **options: Any) -> Made:
+    return made_of(History(list(entries), ImportReport("test")), PrepareOptions(persona=[persona], **options))
+
+
+def dialogue(entries: Iterable[Entry], **options: Any) -> Made:
+    """Of a history between a user and an assistant."""
+    return made_of(History(list(entries), ImportReport("messages")), PrepareOptions(**options))
 
 
 def shown(conversation: Conversation) -> list[str]:

@@ -142,20 +142,22 @@ def import_history(
         if not persona and not importer.is_dialogue(path, format):
             importer.authors(path, format, reading, console)
             return
-        prepared, read = importer.run(path, format, reading, asked.preparing(org), console)
-        importer.show(prepared.report, console)
-        machine = machine_settings()
-        renderer = importer.base_renderer(machine)
-        tokens = importer.measured(prepared, renderer, machine) if renderer else None
-        if tokens:
-            importer.show_tokens(tokens, machine.default_base_model, console)
-        if preview:
-            importer.preview(prepared, renderer, machine, preview, console)
-        if as_json:
-            typer.echo(json.dumps(full_report(prepared, read, tokens), indent=2, ensure_ascii=False))
-        if not dry_run:
-            written = importer.write(prepared, org, output)
-            console.print(f"Written to {written}. Train it: {importer.start_command(written, machine)}", soft_wrap=True)
+        with importer.prepared(path, format, reading, asked.preparing(org), console) as (prepared, read):
+            importer.show(prepared.report, console)
+            machine = machine_settings()
+            renderer = importer.base_renderer(machine)
+            tokens = importer.measured(prepared, renderer, machine) if renderer else None
+            if tokens:
+                importer.show_tokens(tokens, machine.default_base_model, console)
+            if preview:
+                importer.preview(prepared, renderer, machine, preview, console)
+            if as_json:
+                typer.echo(json.dumps(full_report(prepared, read, tokens), indent=2, ensure_ascii=False))
+            if not dry_run:
+                written = importer.write(prepared, org, output)
+                console.print(
+                    f"Written to {written}. Train it: {importer.start_command(written, machine)}", soft_wrap=True
+                )
 
 
 models = typer.Typer(no_args_is_help=True, help="Base models: list, download, register, remove.")

@@ -20,6 +20,7 @@ from repertory.contracts import BaseKey
 from repertory.data.findings import MAX_FINDINGS, Findings
 from repertory.data.history import History, ImportReport
 from repertory.data.preparation.pipeline import PreparationReport, Prepared, PrepareOptions, prepare
+from repertory.data.preparation.scratch import Scratch
 from repertory.data.preparation.tokens import TokenReport, spans, token_report
 from repertory.data.readers import DIALOGUES, detect, open_history
 from repertory.data.readers.reading import ReadOptions
@@ -57,28 +58,28 @@ def authors(path: Path, format: str, options: ReadOptions, console: Console) -> 
     console.print("Choose whose voice to learn: --persona NAME, once for each of their accounts.", soft_wrap=True)
 
 
-def run(
+@contextmanager
+def prepared(
     path: Path, format: str, options: ReadOptions, preparation: PrepareOptions, console: Console
-) -> tuple[Prepared, ImportReport]:
-    with _history(path, format, options, console) as history:
-        prepared = prepare(history, preparation)
-        return prepared, history.report
+) -> Iterator[tuple[Prepared, ImportReport]]:
+    """The export, read and prepared; as long as the context lasts."""
+    with Scratch() as scratch:
+        with _history(path, format, options, console) as history:
+            made = prepare(history, preparation, scratch)
+        yield made, history.report
 
 
 def write(prepared: Prepared, org_id: str, output: Path | None) -> Path:
     """The body of a training request, renamed into place when it is whole. Returns where it is."""
     name = re.sub(r"[^\w.-]+", "_", prepared.report.persona).strip("._") or "persona"
     output = output or Path(f"{name}.json")
-    body = {
-        "org_id": org_id,
-        **({"system_prompt": prepared.system_prompt} if prepared.system_prompt else {}),
-        "conversations": [
-            conversation.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-            for conversation in prepared.conversations
-        ],
-    }
+    head = {"org_id": org_id, **({"system_prompt": prepared.system_prompt} if prepared.system_prompt else {})}
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(head, ensure_ascii=False).removesuffix("}") + ', "conversations": [')
+        for number, line in enumerate(prepared.conversations.lines()):
+            file.write(f"{',' if number else ''}\n{line}")
+        file.write("\n]}\n")
     partial.rename(output)
     return output
 
@@ -149,8 +150,8 @@ def show_tokens(tokens: TokenReport, base_model: str, console: Console) -> None:
 def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, count: int, console: Console) -> None:
     """Some conversations, evenly spread, exactly as the model will see them; what is learned is green."""
     step = max(1, len(prepared.conversations) // count)
-    for number, conversation in list(enumerate(prepared.conversations, 1))[::step][:count]:
-        console.rule(f"conversation {number}")
+    for number, conversation in enumerate(prepared.conversations[: step * count : step]):
+        console.rule(f"conversation {1 + step * number}")
         if renderer is None:
             said = [(f"{m.role}: {m.content}\n", m.is_trained) for m in conversation.messages]
         else:

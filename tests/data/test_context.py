@@ -98,7 +98,7 @@ def test_the_answered_message_is_found_in_busy_channels(with_ids: bool, floor: f
     right = total = last = 0
     for seed in range(20):
         said, answers = _busy_channel(Random(seed), with_ids)
-        found = turns(said, 900)
+        found = list(turns(said, 900))
         where = {ident: at for at, turn in enumerate(found) for ident in turn.ids}
         voices = Voices({"p0"}, {f"p{n}": f"nick{n}" for n in range(8)})
         for reply, answered in answers.items():

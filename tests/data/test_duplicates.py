@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import pytest
 
 from histories import conversation, run, say, shown
+from repertory.data.conversations import Conversation
 from repertory.data.preparation import context
-from repertory.data.preparation.duplicates import leakage, pairs, without_duplicates
+from repertory.data.preparation.duplicates import Duplicates, leakage, pairs
+from repertory.data.preparation.scratch import Scratch
 from repertory.data.prepare import split
 
 
+def unrepeated(conversations: list[Conversation]) -> tuple[list[Conversation | None], Counter[str]]:
+    with Scratch() as scratch:
+        duplicates = Duplicates(scratch, sum(len(list(pairs(one))) for one in conversations))
+        return [duplicates.revised(one) for one in conversations], duplicates.reasons
+
+
 def test_the_same_exchange_is_learned_once_whatever_its_case_and_system_prompt() -> None:
-    kept, reasons = without_duplicates(
+    kept, reasons = unrepeated(
         [
             conversation("Hi there", "Hello"),
             conversation("hi  THERE", "hello", system="be kind"),
@@ -28,7 +37,7 @@ def test_the_same_exchange_is_learned_once_whatever_its_case_and_system_prompt()
 
 def test_nearly_the_same_long_reply_is_learned_once() -> None:
     long = "I have been thinking about the garden all day and I really believe we should plant more tomatoes this year"
-    kept, reasons = without_duplicates(
+    kept, reasons = unrepeated(
         [
             conversation("a", long),
             conversation("b", long + "!"),
@@ -40,7 +49,7 @@ def test_nearly_the_same_long_reply_is_learned_once() -> None:
 
 
 def test_short_replies_are_style_and_only_capped() -> None:
-    kept, reasons = without_duplicates([conversation(f"question {n}", "yeah") for n in range(40)])
+    kept, reasons = unrepeated([conversation(f"question {n}", "yeah") for n in range(40)])
     assert sum(one is not None for one in kept) == 5
     assert reasons == {"repeated_reply": 35}
 
@@ -82,7 +91,7 @@ def test_parts_of_one_session_are_never_divided(monkeypatch: pytest.MonkeyPatch)
         for turn in range(8):
             entries.append(say(("bob", "ana")[turn % 2], f"session {session} turn {turn}", 600 * session + turn))
     made = run(entries, gap_seconds=3600)
-    parts = split(made.conversations, 0.1, seed=0)
+    parts = split([one.timestamp for one in made.conversations], 0.1, seed=0)
     held_out = {made.conversations[at].timestamp for at in parts.held_out}
     assert held_out
     assert not held_out & {made.conversations[at].timestamp for at in parts.training}

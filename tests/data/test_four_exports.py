@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import exports
+from histories import Made, made_of
 from repertory.data.history import Entry
-from repertory.data.preparation.pipeline import Prepared, PrepareOptions, prepare
+from repertory.data.preparation.pipeline import PrepareOptions
 from repertory.data.readers import open_history
 
 PERSONA = "5e5f6bde-85ca-492e-8c7c-dfd1dbf39580"
@@ -55,6 +56,6 @@ def test_four_exports_of_the_same_chats_prepare_alike(said: list[Entry], tmp_pat
     assert first.report.leakage.same_exchange == first.report.leakage.same_long_reply == 0
 
 
-def _prepared(path: Path) -> Prepared:
+def _prepared(path: Path) -> Made:
     with open_history(path) as history:
-        return prepare(history, PrepareOptions(persona=[f"Student {PERSONA[:6]}"]))
+        return made_of(history, PrepareOptions(persona=[f"Student {PERSONA[:6]}"]))

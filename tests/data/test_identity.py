@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from histories import T0, run, say, shown
+from histories import T0, made_of, run, say, shown
 from repertory.data.history import History, ImportReport
-from repertory.data.preparation.pipeline import PrepareOptions, prepare
+from repertory.data.preparation.pipeline import PrepareOptions
 from repertory.errors import InvalidInput
 
 
@@ -19,7 +19,7 @@ def test_two_accounts_are_one_persona_and_a_third_is_suggested() -> None:
         say("ana2", "three", 2.5),
         say("anna", "me too", 3, author="Ana_"),
     ]
-    made = prepare(History(entries, ImportReport("test")), PrepareOptions(persona=["ana", "ana2"]))
+    made = made_of(History(entries, ImportReport("test")), PrepareOptions(persona=["ana", "ana2"]))
     assert shown(made.conversations[0]) == ["Bob: hi", "*one\ntwo", "Bob: yes", "*three"]
     assert [f.what for f in made.report.findings.kept if f.code == "persona_alike"] == [
         "'Ana_' (1 messages) may be the persona too."
@@ -88,5 +88,5 @@ def test_whose_words_are_in_it_is_recorded_hashed_and_per_organisation() -> None
     made = run(entries, org_id="one")
     assert [len(authors) for authors in made.authors] == [2, 2]
     assert made.authors[0] != made.authors[1]
-    assert len(made.authors[0] & made.authors[1]) == 1
-    assert not made.authors[0] & run(entries, org_id="two").authors[0]
+    assert len({*made.authors[0]} & {*made.authors[1]}) == 1
+    assert not {*made.authors[0]} & {*run(entries, org_id="two").authors[0]}

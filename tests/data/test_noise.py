@@ -6,10 +6,9 @@ import time
 
 import pytest
 
-from histories import run, say, shown
-from repertory.data.history import Entry, History, ImportReport
+from histories import dialogue, run, say, shown
+from repertory.data.history import Entry
 from repertory.data.preparation.noise import noise
-from repertory.data.preparation.pipeline import PrepareOptions, prepare
 from repertory.data.preparation.privacy import Surrogates
 from repertory.data.preparation.style import style_card
 
@@ -46,7 +45,7 @@ def test_no_text_takes_a_pattern_for_ever() -> None:
     for text in (f"{part * (4000 // len(part))} x" for part in repeated):
         noise(say("ana", text), is_persona=True)
         Surrogates().replace(text)
-        style_card([text], 1)
+        style_card([text], 1, 1)
     assert time.process_time() - begun < 5
 
 
@@ -56,7 +55,7 @@ def test_what_nobody_can_see_is_left_out(text: str) -> None:
     assert [shown(c) for c in run(entries).conversations] == [["hi\n?", "*yes"]]
     turns = [("user", "hi"), ("assistant", text), ("user", "?"), ("assistant", "yes")]
     said = [Entry("1", f"{n}", role, role, words) for n, (role, words) in enumerate(turns)]
-    made = prepare(History(said, ImportReport("messages")), PrepareOptions())
+    made = dialogue(said)
     assert [shown(c) for c in made.conversations] == [["hi\n?", "*yes"]]
 
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-from histories import T0, run, say, shown
-from repertory.data.history import Entry, History, ImportReport
-from repertory.data.preparation.pipeline import PrepareOptions, prepare
+from histories import T0, dialogue, run, say, shown
+from repertory.data.history import Entry
 from repertory.data.preparation.style import style_card
 from repertory.errors import InvalidInput
 
 
 def test_style_card() -> None:
-    card = style_card(["hey there 😂", "i don't know", "WHAT is it?", "Ok.", "не знаю"], turns=2)
+    card = style_card(["hey there 😂", "i don't know", "WHAT is it?", "Ok.", "не знаю"], messages=5, turns=2)
     assert (card.messages, card.messages_per_turn) == (5, 2.5)
     assert (card.lower_case, card.capital_first, card.emoji) == (0.6, 0.4, 0.2)
     assert card.ends_with == {"nothing": 0.4, "emoji": 0.2, "?": 0.2, ".": 0.2}
@@ -81,14 +80,14 @@ def test_conversations_with_an_assistant_are_kept_as_they_are() -> None:
         turn("2", "user", "again"),
         turn("2", "assistant", "good"),
     ]
-    made = prepare(History(entries, ImportReport("messages")), PrepareOptions())
+    made = dialogue(entries)
     assert [shown(c) for c in made.conversations] == [
         ["#be kind", "!help", "*https://x.y"],
         ["b", "-bad", "again", "*good"],
     ]
     assert made.system_prompt is None
     long = [turn("3", role, f"{role} {n} " * 300) for n in range(3) for role in ("user", "assistant")]
-    (uncut,) = prepare(History(long, ImportReport("messages")), PrepareOptions()).conversations
+    (uncut,) = dialogue(long).conversations
     assert len(uncut.messages) == 6
-    swapped = prepare(History(entries, ImportReport("messages")), PrepareOptions(persona=["user"]))
+    swapped = dialogue(entries, persona=["user"])
     assert [shown(c) for c in swapped.conversations] == [["-b", "bad", "*again"]]

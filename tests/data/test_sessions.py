@@ -62,6 +62,8 @@ def test_the_knee_lies_between_the_pauses_within_and_between_conversations() -> 
 
 def test_pauses_without_a_knee_have_a_default_for_two_and_for_a_group() -> None:
     two = [say("ana", "a", 0), say("bob", "b", 1)]
-    assert gap_for([two]) == (1800, "two people")
-    assert gap_for([[*two, say("carl", "c", 2)]]) == (900, "a group")
+    assert run(two, "bob").report.gap_found_by == "two people"
+    assert run([*two, say("carl", "c", 2)], "bob").report.gap_found_by == "a group"
+    assert gap_for([60], in_groups=False) == (1800, "two people")
+    assert gap_for([60], in_groups=True) == (900, "a group")
     assert knee([60] * 1000) is None

@@ -24,7 +24,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     """The error, after checking the body that all errors share."""
     assert answer.headers["content-type"] == "application/json"
     (error,) = answer.json().values()
-    assert set(error) - {"details"} == {"code", "message", "type", "param", "cure", "request_id"}
+    assert set(error) - {"details", "findings"} == {"code", "message", "type", "param", "cure", "request_id"}
     assert error["request_id"] == answer.headers["x-request-id"]
     assert error["message"]
     assert error["cure"]

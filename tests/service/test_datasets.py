@@ -399,3 +399,47 @@ def test_deleting_stops_the_worker(start_service: Start, export: Path) -> None:
 )
 def test_names_under_which_files_are_stored(sent: str, kept: str) -> None:
     assert file_name(sent) == kept
+
+
+def test_conversations_of_a_request_are_looked_through_and_changed_only_if_asked(service: RunningService) -> None:
+    said = {
+        "messages": [{"role": "user", "content": "your mail?"}, {"role": "assistant", "content": "ana@x.yz"}],
+        "platform": "discord",
+    }
+    body = {"org_id": "inline", "conversations": [CONVERSATION, said, said]}
+    expected = {"little_data": 1, "personal_data": 2, "exact_duplicate": 1}
+    told = service.client.post("/training/estimate", json=body).json()
+    assert (told["conversations"], told["findings"]["counts"]) == (3, expected)
+
+    def started(**more: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        training_id = service.client.post("/training/start", json=body | more).json()["training_id"]
+        found = service.client.get(f"/training/findings/{training_id}").json()["findings"]
+        assert (found["counts"], found["kept"][1]["path"]) == (expected, "conversations[1].messages[1].content")
+        lines = (service.folder / "models/datasets/inline" / training_id / "conversations.jsonl").read_text()
+        return service.status(training_id)["metadata"], [json.loads(line) for line in lines.splitlines()]
+
+    metadata, stored = started()
+    assert stored == body["conversations"]
+    assert (metadata["findings"], "prepared" in metadata) == (expected, False)
+    metadata, stored = started(prepare=True)
+    clean = {**said, "messages": [said["messages"][0], {"role": "assistant", "content": "<EMAIL_1>"}]}
+    assert stored == [CONVERSATION, clean]
+    assert metadata["prepared"] == {"surrogates": {"EMAIL": 2}, "duplicates": {"exact_duplicate": 1}}
+    assert metadata["conversations"] == 2
+
+
+def test_a_refusal_has_all_findings_of_the_conversations(service: RunningService) -> None:
+    wrong = {"messages": [{"role": "bot", "content": "hi"}, {"role": "assistant", "content": "", "mood": "sad"}]}
+    answer = service.client.post("/training/start", json={"org_id": "inline", "conversations": [wrong] * 400})
+    error = answer.json()["error"]
+    assert answer.status_code == 422
+    assert len(error["details"]) == 20
+    findings = error["findings"]
+    assert findings["counts"] == {"invalid_input": 800, "unknown_field": 400}
+    assert len(findings["kept"]) == 1000
+    assert [(one["path"], one["code"], one["severity"]) for one in findings["kept"][:3]] == [
+        ("conversations[0].messages[0].role", "invalid_input", "error"),
+        ("conversations[0].messages[1].content", "invalid_input", "error"),
+        ("conversations[0].messages[1].mood", "unknown_field", "error"),
+    ]
+    assert all(one["what"] and one["cure"] for one in findings["kept"])

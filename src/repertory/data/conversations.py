@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -9,11 +10,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Role = Literal["system", "user", "assistant"]
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def _clean_text(text: str) -> str:
     """Text that a model can be trained on and a database can store."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _HALF.search(text):
         raise ValueError("holds half of a surrogate pair, which is not valid Unicode")
     if "\x00" in text:
         raise ValueError("holds a NUL character")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 MAX_FINDINGS = 1000  # kept word for word; beyond that they are only counted
 
@@ -89,6 +89,30 @@ CODES: dict[str, Code] = {
         "The history has no times, so what is held out is drawn, and pauses part nothing.",
         "Nothing, if the format has none.",
     ),
+    # conversations of a request
+    "missing_field": Code("error", "Something that every conversation has is missing.", "Add it."),
+    "unknown_field": Code("error", "There is a field that no conversation has.", "Remove it, or correct its name."),
+    "invalid_input": Code("error", "A value is none that its field can have.", "Read what it must be, and correct it."),
+    "personal_data": Code(
+        "warning",
+        "An address, a number or a secret of somebody is in the text, and would be learned.",
+        'Take it out, or send "prepare": true, which puts surrogates in its place.',
+    ),
+    "exact_duplicate": Code(
+        "warning",
+        "The same reply to the same words is there already.",
+        'Send it once, or send "prepare": true, which learns it once.',
+    ),
+    "near_duplicate": Code(
+        "warning",
+        "Nearly the same long reply is there already.",
+        'Send it once, or send "prepare": true, which learns it once.',
+    ),
+    "repeated_reply": Code(
+        "warning",
+        "The same short reply is there many times.",
+        'Send fewer of it, or send "prepare": true, which learns it as often as does no harm.',
+    ),
     "turns_not_trained": Code(
         "note", "An assistant turn has weight 0; it is context and not learned from.", "Nothing."
     ),
@@ -114,14 +138,21 @@ class Findings:
     kept: list[Finding] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, code: str, path: str, line: int | None = None, what: str | None = None) -> None:
-        """`code` is one of CODES; `what` is said of this place where the code's meaning alone is not enough."""
+    def add(
+        self, code: str, path: str, line: int | None = None, what: str | None = None, cure: str | None = None
+    ) -> None:
+        """`code` is one of CODES; `what` and `cure` are said of this place where the code's own are not enough."""
         about = CODES[code]
         self.counts[code] += 1
         if len(self.kept) < MAX_FINDINGS:
-            self.kept.append(Finding(path, line, code, about.severity, what or about.meaning, about.cure))
+            self.kept.append(Finding(path, line, code, about.severity, what or about.meaning, cure or about.cure))
 
     def add_once(self, code: str, path: str, what: str | None = None) -> None:
         """For what is true of a whole export."""
         if code not in self.counts:
             self.add(code, path, None, what)
+
+
+def findings_of(findings: Findings) -> dict[str, Any]:
+    """As plain data, for other programs."""
+    return {"kept": [asdict(finding) for finding in findings.kept], "counts": dict(findings.counts)}

@@ -21,19 +21,19 @@ class Split:
     held_out: list[int]
 
 
-def split(conversations: Sequence[Conversation], share: float, seed: int) -> Split:
-    """Hold out `share` of the conversations: the latest where all have a time, since the future is what a voice meets.
+def split(times: Sequence[datetime | None], share: float, seed: int) -> Split:
+    """Hold out `share` of the conversations that these are the times of: the latest where all have one, since the
+    future is what a voice meets.
 
     Conversations of one moment, as the parts of one session are, stay on one side, so it may be a little more or less.
     Otherwise they are drawn. At least one is held out where there are two, at least 10 where there are 100, at most
     MAX_HELD_OUT, and none where `share` is 0 or there is a single conversation.
     """
-    count = len(conversations)
+    count = len(times)
     if share == 0 or count < 2:
         return Split(list(range(count)), [])
     wanted = max(round(count * share), min(10, count // 10), 1)
     wanted = min(wanted, MAX_HELD_OUT, count - 1)
-    times = [conversation.timestamp for conversation in conversations]
     known: list[datetime] = [time for time in times if time is not None]
     order = list(range(count))
     if len(known) == count:

@@ -33,7 +33,7 @@ def estimate(
     asked = request.hyperparameters
     longest = hyperparameters.max_seq_length(asked, base)
     if renderer is None:
-        parts = split(conversations, request.validation_split, asked.seed or 0)
+        parts = split([one.timestamp for one in conversations], request.validation_split, asked.seed or 0)
         config = hyperparameters.resolve(asked, base, len(parts.training), 0, len(parts.held_out))
         needed = demand(base, config, BatchShape(0, (longest,)))
         advice = ["The tokenizer is not in the model cache: memory is that of a row of max_seq_length tokens."]

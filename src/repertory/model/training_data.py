@@ -78,7 +78,8 @@ def training_data(
 
     Raises DataUnusable where none of those to train on fits.
     """
-    data = TrainingData(conversations, split(conversations, validation_split, asked.seed or 0))
+    times = [conversation.timestamp for conversation in conversations]
+    data = TrainingData(conversations, split(times, validation_split, asked.seed or 0))
     for indices, rows in ((data.parts.training, data.training), (data.parts.held_out, data.held_out)):
         for number, at in enumerate(indices):
             row = data.add(renderer, with_system(conversations[at], system_prompt), longest, rows)

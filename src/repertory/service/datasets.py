@@ -12,10 +12,12 @@ Only pending folders are ever swept: a folder with its name may belong to anothe
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from repertory.data.conversations import Conversation
 from repertory.errors import Conflict
@@ -23,6 +25,7 @@ from repertory.manifest import sync_folder, verify, write_durably
 
 CONVERSATIONS = "conversations.jsonl"
 CONSENT = "consent.jsonl"  # for each conversation the hashes of those whose words are in it
+FINDINGS = "findings.json"  # about the conversations that a job brought
 PREPARED = "prepared"
 PENDING = ".pending"
 UPLOADS = "_uploads"  # no organisation's name begins like that
@@ -32,13 +35,23 @@ class Datasets:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
-    def write_pending(self, org_id: str, training_id: str, conversations: Iterable[Conversation]) -> None:
+    def write_pending(
+        self, org_id: str, training_id: str, conversations: Iterable[Conversation], findings: Mapping[str, Any]
+    ) -> None:
         lines = (conversation.model_dump_json(exclude_defaults=True) for conversation in conversations)
         content = "".join(f"{line}\n" for line in lines).encode()
         pending = self._pending(org_id, training_id)
         write_durably(pending / CONVERSATIONS, content)
+        write_durably(pending / FINDINGS, json.dumps(findings).encode())
         for folder in (pending.parent, self._root):
             sync_folder(folder)
+
+    def findings(self, org_id: str, training_id: str) -> dict[str, Any] | None:
+        """About the conversations that a job brought; None where it brought none."""
+        try:
+            return dict(json.loads((self.settle(org_id, training_id) / FINDINGS).read_bytes()))
+        except FileNotFoundError:
+            return None
 
     def link_pending(self, org_id: str, training_id: str, dataset_id: str) -> None:
         """Give a job the files of a dataset. What becomes of the dataset later does not touch the job.

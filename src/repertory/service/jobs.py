@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -109,6 +109,7 @@ class Submission:
     config: JobConfig
     conversations: Sequence[Conversation] | None
     metadata: dict[str, Any]  # what the status shows from the start
+    findings: Mapping[str, Any] = field(default_factory=dict)  # about `conversations`
     dataset_id: str | None = None  # whose conversations the job gets, in place of `conversations`
     request_hash: str  # sha256 of the request, to tell a repetition from another request under the same key
     idempotency_key: str | None = None
@@ -133,7 +134,7 @@ class Jobs:
             return earlier
         job_id = f"{KIND}{secrets.token_hex(8)}"
         if submission.conversations is not None:
-            self._datasets.write_pending(submission.org_id, job_id, submission.conversations)
+            self._datasets.write_pending(submission.org_id, job_id, submission.conversations, submission.findings)
         else:
             assert submission.dataset_id is not None
             self._datasets.link_pending(submission.org_id, job_id, submission.dataset_id)

@@ -135,8 +135,8 @@ def _piece(session: Session, first: int, begin: int, end: int, voices: Voices, n
             continue
         is_prompted = any(message.role == "user" for message in messages)
         is_trained = at >= begin and is_prompted and turn.is_trained
-        if named and is_trained:
-            _mark(messages, turns, at, voices)
+        if named and is_trained and (quoted := _mark(messages, turns, at, voices)) is not None:
+            said_by.add(quoted)
         _say(messages, Message(role="assistant", content=text, weight=1 if is_trained else 0))
     if not any(message.is_trained for message in messages):
         return None
@@ -159,17 +159,19 @@ def _say(messages: list[Message], message: Message) -> None:
         messages.append(message)
 
 
-def _mark(messages: list[Message], turns: Sequence[Turn], at: int, voices: Voices) -> None:
-    """Say what is answered, where that is known and is not what was said last."""
+def _mark(messages: list[Message], turns: Sequence[Turn], at: int, voices: Voices) -> str | None:
+    """Say what is answered, where that is known and is not what was said last. Returns who is quoted."""
     found, is_known = target(turns, at, voices)
     if found is None or not is_known or found == at - 1 or turns[found].author_id in voices.persona:
-        return
+        return None
     quoted = " ".join(turns[found].text.split())
     if len(quoted) > QUOTE_CHARACTERS:
         quoted = quoted[: QUOTE_CHARACTERS - 1].rstrip() + "…"
-    if messages and messages[-1].role == "user":
-        name = voices.labels[turns[found].author_id]
-        _say(messages, Message(role="user", content=f'(replying to {name}: "{quoted}")'))
+    if not messages or messages[-1].role != "user":
+        return None
+    author = turns[found].author_id
+    _say(messages, Message(role="user", content=f'(replying to {voices.labels[author]}: "{quoted}")'))
+    return author
 
 
 def _named_at_the_beginning(turns: Sequence[Turn], others: Sequence[int], turn: Turn, voices: Voices) -> int | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from repertory.data.conversations import Conversation, Message
+from repertory.data.preparation.scratch import Scratch
 
-if TYPE_CHECKING:  # brings scipy, half of the time that a small import takes; only long replies need it
-    from datasketch import MinHash, MinHashLSH
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 PERMUTATIONS = 64
 LONG_CHARACTERS = 40  # shorter texts have too few shingles to tell alike from same
@@ -26,42 +28,38 @@ MIN_REPEATS = 5
 REPEATS_SHARE = 0.005  # of all the persona's turns
 
 
-def without_duplicates(conversations: Sequence[Conversation]) -> tuple[list[Conversation | None], Counter[str]]:
-    """The conversations in their order, with weight 0 on turns that repeat earlier ones; None where nothing is left.
+class Duplicates:
+    """Of conversations, in their order, with so many trained turns in all."""
 
-    Also how many turns that were, by reason.
-    """
-    replies = [reply for conversation in conversations for _, reply in pairs(conversation)]
-    cap = max(MIN_REPEATS, round(REPEATS_SHARE * len(replies)))
-    seen: set[tuple[str, str]] = set()
-    said: Counter[str] = Counter()
-    near: MinHashLSH | None = None  # of the long replies
-    reasons: Counter[str] = Counter()
+    def __init__(self, scratch: Scratch, turns: int) -> None:
+        self.reasons: Counter[str] = Counter()  # turns that repeat earlier ones
+        self._scratch = scratch
+        self._cap = max(MIN_REPEATS, round(REPEATS_SHARE * turns))
 
-    def reason(context: str, reply: str) -> str | None:
-        nonlocal near
-        if (context, reply) in seen:
+    def revised(self, conversation: Conversation) -> Conversation | None:
+        return self.unlearned(conversation, self.repeated(conversation))
+
+    def unlearned(self, conversation: Conversation, repeated: Mapping[int, str]) -> Conversation | None:
+        """The conversation with weight 0 on these turns; None where nothing to learn is left."""
+        self.reasons.update(repeated.values())
+        return _unlearned(conversation, set(repeated))
+
+    def repeated(self, conversation: Conversation) -> dict[int, str]:
+        """The trained turns that repeat earlier ones, by number, and why."""
+        found = ((number, self._reason(*pair)) for number, pair in enumerate(pairs(conversation)))
+        return {number: reason for number, reason in found if reason is not None}
+
+    def _reason(self, context: str, reply: str) -> str | None:
+        if self._scratch.count("pair", context, reply) > 1:
             return "exact_duplicate"
-        seen.add((context, reply))
         if len(reply) < LONG_CHARACTERS:
-            said[reply] += 1
-            return "repeated_reply" if said[reply] > cap else None
-        near = _index() if near is None else near
-        sketch = _sketch(reply)
-        if near.query(sketch):
+            return "repeated_reply" if self._scratch.count("reply", reply) > self._cap else None
+        bands = [("band", str(number), band) for number, band in enumerate(_bands(reply))]
+        if any(self._scratch.times(*band) for band in bands):
             return "near_duplicate"
-        near.insert(str(len(seen)), sketch)
+        for band in bands:
+            self._scratch.count(*band)
         return None
-
-    kept: list[Conversation | None] = []
-    for conversation in conversations:
-        repeated = set()
-        for number, (context, reply) in enumerate(pairs(conversation)):
-            if (why := reason(context, reply)) is not None:
-                reasons[why] += 1
-                repeated.add(number)
-        kept.append(_unlearned(conversation, repeated))
-    return kept, reasons
 
 
 def pairs(conversation: Conversation) -> Iterator[tuple[str, str]]:
@@ -77,9 +75,14 @@ def pairs(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 def leakage(training: Iterable[Conversation], held_out: Iterable[Conversation]) -> tuple[int, int, int]:
     """(held-out turns whose reply to the same words is trained on, long ones whose reply is, all held-out turns)."""
-    known_pairs = {pair for conversation in training for pair in pairs(conversation)}
-    known_replies = {reply for _, reply in known_pairs if len(reply) >= LONG_CHARACTERS}
     turns = [pair for conversation in held_out for pair in pairs(conversation)]
+    sought, long = set(turns), {reply for _, reply in turns if len(reply) >= LONG_CHARACTERS}
+    known_pairs: set[tuple[str, str]] = set()
+    known_replies: set[str] = set()
+    for conversation in training:
+        for pair in pairs(conversation):
+            known_pairs |= {pair} & sought
+            known_replies |= {pair[1]} & long
     return sum(pair in known_pairs for pair in turns), sum(reply in known_replies for _, reply in turns), len(turns)
 
 
@@ -107,16 +110,28 @@ def _unlearned(conversation: Conversation, repeated: set[int]) -> Conversation |
     return conversation.model_copy(update={"messages": messages})
 
 
-def _index() -> MinHashLSH:
-    from datasketch import MinHashLSH
-
-    return MinHashLSH(threshold=ALIKE, num_perm=PERMUTATIONS)
-
-
-def _sketch(text: str) -> MinHash:
-    from datasketch import MinHash
-
-    sketch = MinHash(num_perm=PERMUTATIONS)
+def _bands(text: str) -> Iterator[str]:
+    """Parts of a MinHash; texts that share any of them are estimated to be ALIKE."""
+    sketch = _empty().copy()
     last = len(text) - SHINGLE_CHARACTERS + 1
     sketch.update_batch([text[at : at + SHINGLE_CHARACTERS].encode() for at in range(last)])
-    return sketch
+    count, rows = _banding()
+    for band in range(count):
+        yield sketch.hashvalues[band * rows : (band + 1) * rows].tobytes().hex()
+
+
+@cache
+def _empty() -> MinHash:
+    """A sketch of nothing, to copy: to draw its permutations takes longer than most sketches."""
+    from datasketch import MinHash  # brings scipy, half of the time that a small import takes; only this needs it
+
+    return MinHash(num_perm=PERMUTATIONS)
+
+
+@cache
+def _banding() -> tuple[int, int]:
+    """(bands, hash values of each) that part best at ALIKE."""
+    from datasketch import MinHashLSH
+
+    index = MinHashLSH(threshold=ALIKE, num_perm=PERMUTATIONS)
+    return index.b, index.r

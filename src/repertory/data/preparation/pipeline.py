@@ -6,19 +6,19 @@ people → noise → sessions → bursts → personal data → conversations →
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from repertory.data.conversations import Conversation, Message
 from repertory.data.findings import Findings
 from repertory.data.history import Author, Entry, History, ImportReport
-from repertory.data.preparation.context import Piece, Voices, pieces
-from repertory.data.preparation.duplicates import leakage, without_duplicates
+from repertory.data.preparation.context import Voices, pieces
+from repertory.data.preparation.duplicates import Duplicates, leakage
 from repertory.data.preparation.identity import Identity, find_all, hashed, identify, labels
 from repertory.data.preparation.noise import has_words, noise, without_quotes
 from repertory.data.preparation.privacy import Surrogates
-from repertory.data.preparation.sessions import Session, gap_for, sessions, streams, turns
+from repertory.data.preparation.scratch import Conversations, Scratch
+from repertory.data.preparation.sessions import gap_for, sessions, turns
 from repertory.data.preparation.style import StyleCard, style_card
 from repertory.data.prepare import Split, split
 from repertory.errors import InvalidInput
@@ -28,6 +28,7 @@ NO_GAP = 1 << 40  # seconds; pauses part nothing
 WARN_BELOW = 1000  # trained turns
 SPEAKS_LITTLE = 0.05
 HELD_OUT_SHARE = 0.1
+MAX_STYLED = 5000  # messages that the style is measured on; of more, as many are, evenly spread
 MIN_NAME_CHARACTERS = 3  # shorter names are words, and stay in what others say
 
 
@@ -89,114 +90,77 @@ class PreparationReport:
 class Prepared:
     """Conversations ready to be trained on, in order of time where there are times."""
 
-    conversations: list[Conversation]
-    authors: list[frozenset[str]]  # per conversation, the hashes of those whose words are in it
+    conversations: Conversations  # with the hashes of those whose words are in each
     system_prompt: str | None  # what the voice is told at training and at serving alike
     split: Split
     report: PreparationReport
 
 
-def prepare(history: History, options: PrepareOptions) -> Prepared:
-    """Read the history to its end and make conversations of it.
+@dataclass(frozen=True)
+class _People:
+    """Who is who in the history."""
+
+    identity: Identity
+    excluded: frozenset[str]
+    masked: frozenset[str]  # the excluded among them
+    called: dict[str, str]
+    is_dialogue: bool  # between a user and an assistant
+
+    @property
+    def persona(self) -> str:
+        """The id under which its accounts are one author."""
+        return min(self.identity.persona)
+
+
+@dataclass(frozen=True)
+class _Sessions:
+    gap: int
+    gap_found_by: str
+    persona_turns: int
+    have_times: bool
+    in_groups: bool
+
+
+def prepare(history: History, options: PrepareOptions, scratch: Scratch) -> Prepared:
+    """Read the history to its end and make conversations of it, which last as long as `scratch`.
 
     Raises InvalidInput where the persona is unknown or ambiguous, or nothing to learn from is left.
     """
-    entries = _kept(history)
+    said = scratch.keep(history)
     read = history.report
-    is_dialogue = set(read.authors) <= {"user", ASSISTANT} and bool(read.authors)
-    prompts = {entry.channel: entry.text for entry in entries if entry.kind == "prompt"}
-    said = [entry for entry in entries if entry.kind == "said"]
-    del entries
-    stages = [_reading(read, len(said))]
+    stages = [_reading(read, said)]
+    people = _people(read, options)
+    _sift(scratch, people, options, stages)
+    if scratch.count_of(people.persona) == 0:
+        raise _nothing(stages, people.identity)
+    style = scratch.texts_of(people.persona, MAX_STYLED)
+    found = _find_sessions(scratch, people, options, stages)
+    surrogates = _make_conversations(scratch, read.authors, people, found, options, stages)
+    _drop_duplicates(scratch, stages)
+    made = scratch.conversations
+    if not made:
+        raise _nothing(stages, people.identity)
 
-    identity = identify(read.authors, options.persona or ([ASSISTANT] if is_dialogue else []))
-    excluded = find_all(read.authors, options.exclude)
-    if excluded & identity.persona:
-        raise InvalidInput(
-            "the persona is on the list of people whose words must not be used",
-            code="persona_excluded",
-            cure="Take it from the list, or choose another persona.",
-        )
-    said = _stage(stages, "people", said, lambda entry: _unwelcome(entry, identity, excluded, options))
-    if is_dialogue:
-        said = _stage(stages, "noise", said, lambda entry: None if has_words(entry.text) else "no_words")
-    else:
-        for entry in said:
-            entry.text = without_quotes(entry.text)
-        said = _stage(stages, "noise", said, lambda e: noise(e, is_persona=e.author_id in identity.persona))
-    persona_messages = [entry.text for entry in said if entry.author_id in identity.persona]
-    if not persona_messages:
-        raise _nothing(stages, identity)
-
-    found = streams(said)
-    gap, gap_found_by = _gap(found, options, is_dialogue)
-    all_turns, all_sessions = _sessions(found, gap, identity)
-    stages.append(Stage("bursts", "messages to turns", len(said), all_turns, {}))
-    with_persona = [s for s in all_sessions if any(t.author_id in identity.persona for t in s.turns[s.context :])]
-    dropped = {"without_persona": len(all_sessions) - len(with_persona)}
-    stages.append(Stage("sessions", "sessions", len(all_sessions), len(with_persona), dropped))
-
-    # An order that the export does not decide: so surrogates are numbered alike whatever program wrote it.
-    if all(session.turns[session.context].begin for session in with_persona):
-        with_persona.sort(key=lambda session: (session.turns[session.context].begin, [t.text for t in session.turns]))
-    masked = excluded | find_all(read.authors, options.mask)
-    if options.mask_others:
-        masked = frozenset(read.authors) - identity.persona
-    called = labels(read.authors, masked - identity.persona)
-    surrogates = Surrogates()
-    _clean(with_persona, surrogates, _names(read.authors, masked - identity.persona, called))
-
-    voices = Voices(identity.persona, called, options.platform)
-    made = [(piece, session) for session in with_persona for piece in pieces(session, voices, uncut=is_dialogue)]
-    persona_turns = sum(t.author_id in identity.persona for s in with_persona for t in s.turns[s.context :])
-    made = [(_with_prompt(piece, session, prompts), session) for piece, session in made]
-    trained = sum(_trained_turns(piece.conversation) for piece, _ in made)
-    stages.append(
-        Stage(
-            "conversations",
-            "turns of the persona",
-            persona_turns,
-            trained,
-            {"nobody_prompted": persona_turns - trained},
-        )
-    )
-
-    kept, repeated = without_duplicates([piece.conversation for piece, _ in made])
-    conversations = [conversation for conversation in kept if conversation is not None]
-    authors = [
-        frozenset(hashed(author, options.org_id) for author in piece.authors)
-        for (piece, _), conversation in zip(made, kept, strict=True)
-        if conversation is not None
-    ]
-    trained_after = sum(_trained_turns(conversation) for conversation in conversations)
-    stages.append(Stage("duplicates", "turns of the persona", trained, trained_after, dict(repeated)))
-    if not conversations:
-        raise _nothing(stages, identity)
-
-    parts = split(conversations, HELD_OUT_SHARE, seed=0)
-    exchanges, replies, held_out_turns = leakage(
-        (conversations[at] for at in parts.training), (conversations[at] for at in parts.held_out)
-    )
-    people = [author for author in read.authors.values() if author.id in identity.persona or not author.is_bot]
-    mine = sum(author.messages for author in people if author.id in identity.persona)
+    times = [conversation.timestamp for conversation in made]
+    parts = split(times, HELD_OUT_SHARE, seed=0)
     report = PreparationReport(
         format=read.format,
-        persona=identity.name,
-        gap_seconds=None if gap == NO_GAP else gap,
-        gap_found_by=gap_found_by,
+        persona=people.identity.name,
+        gap_seconds=None if found.gap == NO_GAP else found.gap,
+        gap_found_by=found.gap_found_by,
         stages=stages,
-        conversations=len(conversations),
-        trained_turns=trained_after,
-        characters=sum(len(message.content) for conversation in conversations for message in conversation.messages),
-        persona_share=round(mine / sum(author.messages for author in people), 3),
+        conversations=len(made),
+        trained_turns=stages[-1].after,
+        characters=sum(len(message.content) for conversation in made for message in conversation.messages),
+        persona_share=_share(read, people.identity),
         surrogates=dict(surrogates.counts),
-        leakage=Leakage(held_out_turns=held_out_turns, same_exchange=exchanges, same_long_reply=replies),
-        style=style_card(persona_messages, persona_turns),
+        leakage=_leakage(made, parts),
+        style=style_card(style, scratch.count_of(people.persona), found.persona_turns),
         findings=read.findings,
     )
-    _warn(report, identity, conversations)
-    prompt = None if is_dialogue else system_prompt(identity.name, any(len(s.speakers) > 2 for s in with_persona))
-    return Prepared(conversations=conversations, authors=authors, system_prompt=prompt, split=parts, report=report)
+    _warn(report, people.identity, has_times=None not in times)
+    prompt = None if people.is_dialogue else system_prompt(people.identity.name, found.in_groups)
+    return Prepared(conversations=made, system_prompt=prompt, split=parts, report=report)
 
 
 def system_prompt(name: str, in_groups: bool) -> str:
@@ -205,80 +169,134 @@ def system_prompt(name: str, in_groups: bool) -> str:
     return f"{about} Where several people speak, each line says who." if in_groups else about
 
 
-def _kept(history: History) -> list[Entry]:
-    """The words and system prompts, with one string for each name: every record of an export brings its own."""
-    names: dict[str, str] = {}
-    kept = []
-    for entry in history:
-        if entry.kind in ("said", "prompt"):
-            entry.author_id = names.setdefault(entry.author_id, entry.author_id)
-            entry.author = names.setdefault(entry.author, entry.author)
-            entry.channel = names.setdefault(entry.channel, entry.channel)
-            kept.append(entry)
-    return kept
-
-
 def _reading(read: ImportReport, kept: int) -> Stage:
     other = {kind: count for kind, count in read.other.items() if kind != "media"}
     return Stage("reading", "messages", read.entries, kept, other)
 
 
-def _stage(stages: list[Stage], name: str, entries: list[Entry], why: Callable[[Entry], str | None]) -> list[Entry]:
-    """The entries that nothing speaks against, and one more stage."""
-    kept = []
-    dropped: Counter[str] = Counter()
-    for entry in entries:
-        if (reason := why(entry)) is None:
-            kept.append(entry)
-        else:
-            dropped[reason] += 1
-    stages.append(Stage(name, "messages", len(entries), len(kept), dict(dropped)))
-    return kept
+def _people(read: ImportReport, options: PrepareOptions) -> _People:
+    is_dialogue = set(read.authors) <= {"user", ASSISTANT} and bool(read.authors)
+    identity = identify(read.authors, options.persona or ([ASSISTANT] if is_dialogue else []))
+    excluded = find_all(read.authors, options.exclude)
+    if excluded & identity.persona:
+        raise InvalidInput(
+            "the persona is on the list of people whose words must not be used",
+            code="persona_excluded",
+            cure="Take it from the list, or choose another persona.",
+        )
+    masked = excluded | find_all(read.authors, options.mask)
+    if options.mask_others:
+        masked = frozenset(read.authors)
+    masked -= identity.persona
+    return _People(identity, excluded, masked, labels(read.authors, masked), is_dialogue)
 
 
-def _unwelcome(entry: Entry, identity: Identity, excluded: frozenset[str], options: PrepareOptions) -> str | None:
-    if entry.author_id in excluded:
+def _sift(scratch: Scratch, people: _People, options: PrepareOptions, stages: list[Stage]) -> None:
+    """Two stages: people whose words are not used, and what teaches no voice."""
+    before = stages[-1].after
+    dropped = scratch.sift(lambda entry: _unwelcome(entry, people, options))
+    stages.append(Stage("people", "messages", before, before - dropped.total(), dict(dropped)))
+
+    def why(entry: Entry) -> str | None:
+        if people.is_dialogue:
+            return None if has_words(entry.text) else "no_words"
+        entry.text = without_quotes(entry.text)
+        return noise(entry, is_persona=entry.author_id in people.identity.persona)
+
+    before = stages[-1].after
+    dropped = scratch.sift(why)
+    stages.append(Stage("noise", "messages", before, before - dropped.total(), dict(dropped)))
+    scratch.one_author(people.identity.persona)
+
+
+def _unwelcome(entry: Entry, people: _People, options: PrepareOptions) -> str | None:
+    if entry.author_id in people.excluded:
         return "author_excluded"
-    if entry.is_bot and not options.keep_bots and entry.author_id not in identity.persona:
+    if entry.is_bot and not options.keep_bots and entry.author_id not in people.identity.persona:
         return "bot"
     if options.live_since is not None and entry.time is not None and entry.time >= options.live_since:
         return "after_clone_went_live"
     return None
 
 
-def _gap(found: list[tuple[list[Entry], Entry | None]], options: PrepareOptions, is_dialogue: bool) -> tuple[int, str]:
-    main = [said for said, parent in found if parent is None]
+def _find_sessions(scratch: Scratch, people: _People, options: PrepareOptions, stages: list[Stage]) -> _Sessions:
+    """Two stages: bursts as turns, and turns as sessions, of which those stay in which the persona speaks."""
+    streams = list(scratch.streams())
+    has_times = all(stream.has_times for stream in streams if stream.thread is None)
+    gap, gap_found_by = _gap(scratch, options, has_times=has_times, is_dialogue=people.is_dialogue)
+    all_turns = all_sessions = with_persona = persona_turns = 0
+    have_times, in_groups = True, False
+    for stream in streams:
+        parent = scratch.parent(stream)
+        hangs_from = None if parent is None else next(turns([parent], gap))
+        for session in sessions(stream.channel, turns(scratch.entries(stream), gap), gap, hangs_from):
+            own = session.turns[session.context :]
+            of_persona = sum(turn.author_id == people.persona for turn in own)
+            all_turns += len(own)
+            all_sessions += 1
+            persona_turns += of_persona
+            if of_persona:
+                with_persona += 1
+                have_times = have_times and bool(own[0].begin)
+                in_groups = in_groups or len(session.speakers) > 2
+                scratch.add_session(session)
+    stages.append(Stage("bursts", "messages to turns", stages[-1].after, all_turns, {}))
+    dropped = {"without_persona": all_sessions - with_persona}
+    stages.append(Stage("sessions", "sessions", all_sessions, with_persona, dropped))
+    return _Sessions(gap, gap_found_by, persona_turns, have_times, in_groups)
+
+
+def _gap(scratch: Scratch, options: PrepareOptions, *, has_times: bool, is_dialogue: bool) -> tuple[int, str]:
     if is_dialogue:
         return NO_GAP, "conversations as they are"
     if options.gap_seconds is not None:
         return options.gap_seconds, "given"
-    if any(entry.time is None for said in main for entry in said):
+    if not has_times:
         return NO_GAP, "no times"
-    return gap_for(main)
+    return gap_for(scratch.pauses(), in_groups=scratch.has_group())
 
 
-def _sessions(found: list[tuple[list[Entry], Entry | None]], gap: int, identity: Identity) -> tuple[int, list[Session]]:
-    """(turns, sessions). Two accounts of the persona are one author."""
-    first = min(identity.persona)
-    for said, _ in found:
-        for entry in said:
-            if entry.author_id in identity.persona:
-                entry.author_id = first
-    count = 0
-    all_sessions: list[Session] = []
-    for said, parent in found:
-        of_stream = turns(said, gap)
-        count += len(of_stream)
-        hangs_from = turns([parent], gap)[0] if parent is not None else None
-        all_sessions += sessions(said[0].channel, of_stream, gap, hangs_from)
-    return count, all_sessions
+def _make_conversations(
+    scratch: Scratch,
+    authors: Mapping[str, Author],
+    people: _People,
+    found: _Sessions,
+    options: PrepareOptions,
+    stages: list[Stage],
+) -> Surrogates:
+    """Personal data replaced, and each session as conversations. Returns what was replaced."""
+    voices = Voices({people.persona}, people.called, options.platform)
+    surrogates, masked = Surrogates(), _names(authors, people)
+    trained = 0
+    # By time, so that surrogates are numbered alike whatever program wrote the export.
+    for session in scratch.sessions(by_time=found.have_times):
+        for turn in session.turns:
+            turn.texts = [surrogates.replace(masked(text)) for text in turn.texts]
+        for piece in pieces(session, voices, uncut=people.is_dialogue):
+            conversation = _with_prompt(piece.conversation, scratch.prompt(session.channel))
+            accounts = people.identity.persona if people.persona in piece.authors else frozenset[str]()
+            scratch.add_conversation(
+                conversation, (hashed(author, options.org_id) for author in piece.authors | accounts)
+            )
+            trained += _trained_turns(conversation)
+    dropped = {"nobody_prompted": found.persona_turns - trained}
+    stages.append(Stage("conversations", "turns of the persona", found.persona_turns, trained, dropped))
+    return surrogates
 
 
-def _names(authors: dict[str, Author], masked: frozenset[str], called: dict[str, str]) -> Callable[[str], str]:
+def _drop_duplicates(scratch: Scratch, stages: list[Stage]) -> None:
+    trained = stages[-1].after
+    duplicates = Duplicates(scratch, trained)
+    scratch.revise(duplicates.revised)
+    after = trained - duplicates.reasons.total()
+    stages.append(Stage("duplicates", "turns of the persona", trained, after, dict(duplicates.reasons)))
+
+
+def _names(authors: Mapping[str, Author], people: _People) -> Callable[[str], str]:
     """A function that puts labels for the names of masked people in what others say."""
     names = {
-        name.casefold(): called[one]
-        for one in sorted(masked)
+        name.casefold(): people.called[one]
+        for one in sorted(people.masked)
         for name in authors[one].names
         if len(name) >= MIN_NAME_CHARACTERS
     }
@@ -289,26 +307,34 @@ def _names(authors: dict[str, Author], masked: frozenset[str], called: dict[str,
     return lambda text: pattern.sub(lambda found: names.get(found[0].casefold(), "Somebody"), text)
 
 
-def _clean(all_sessions: Iterable[Session], surrogates: Surrogates, masked: Callable[[str], str]) -> None:
-    for session in all_sessions:
-        for turn in session.turns:
-            turn.texts = [surrogates.replace(masked(text)) for text in turn.texts]
-
-
-def _with_prompt(piece: Piece, session: Session, prompts: dict[str, str]) -> Piece:
-    """The piece after the system prompt of its channel, where the history brings one."""
-    prompt = prompts.get(session.channel)
-    if not prompt or not has_words(prompt):
-        return piece
-    messages = [Message(role="system", content=prompt), *piece.conversation.messages]
-    return Piece(piece.conversation.model_copy(update={"messages": messages}), piece.authors)
+def _with_prompt(conversation: Conversation, prompt: str | None) -> Conversation:
+    """The conversation after the system prompt of its channel, where the history brings one."""
+    if prompt is None or not has_words(prompt):
+        return conversation
+    messages = [Message(role="system", content=prompt), *conversation.messages]
+    return conversation.model_copy(update={"messages": messages})
 
 
 def _trained_turns(conversation: Conversation) -> int:
     return sum(message.is_trained for message in conversation.messages)
 
 
-def _warn(report: PreparationReport, identity: Identity, conversations: Sequence[Conversation]) -> None:
+def _share(read: ImportReport, identity: Identity) -> float:
+    """Of the messages, bots aside."""
+    people = [author for author in read.authors.values() if author.id in identity.persona or not author.is_bot]
+    mine = sum(author.messages for author in people if author.id in identity.persona)
+    return round(mine / sum(author.messages for author in people), 3)
+
+
+def _leakage(made: Conversations, parts: Split) -> Leakage:
+    is_held_out = set(parts.held_out)
+    held_out = [conversation for at, conversation in enumerate(made) if at in is_held_out]
+    training = (conversation for at, conversation in enumerate(made) if at not in is_held_out)
+    exchanges, replies, turns = leakage(training, held_out)
+    return Leakage(held_out_turns=turns, same_exchange=exchanges, same_long_reply=replies)
+
+
+def _warn(report: PreparationReport, identity: Identity, *, has_times: bool) -> None:
     findings = report.findings
     if report.trained_turns < WARN_BELOW:
         findings.add("little_data", "", None, f"There are {report.trained_turns:,} turns to learn from.")
@@ -321,7 +347,7 @@ def _warn(report: PreparationReport, identity: Identity, conversations: Sequence
     for author in identity.suggestions:
         what = f"{author.name!r} ({author.messages:,} messages) may be the persona too."
         findings.add("persona_alike", "", None, what)
-    if any(conversation.timestamp is None for conversation in conversations):
+    if not has_times:
         findings.add("times_unknown", "")
 
 

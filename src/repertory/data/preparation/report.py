@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from repertory.data.findings import Findings
+from repertory.data.findings import findings_of
 from repertory.data.history import ImportReport
 from repertory.data.preparation.pipeline import Prepared
 from repertory.data.preparation.tokens import TokenReport
@@ -21,10 +21,6 @@ def full_report(prepared: Prepared, read: ImportReport, tokens: TokenReport | No
     about["tokens"] = asdict(tokens) if tokens else None
     about["authors"] = authors_of(read)
     return about
-
-
-def findings_of(findings: Findings) -> dict[str, Any]:
-    return {"kept": [asdict(finding) for finding in findings.kept], "counts": dict(findings.counts)}
 
 
 def authors_of(read: ImportReport) -> list[dict[str, Any]]:

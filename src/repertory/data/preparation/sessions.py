@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from repertory.data.history import Entry
 
@@ -14,6 +13,7 @@ BURST_SECONDS = 120  # catches 98.2% of the pauses within bursts of chitchat-dat
 TWO_PEOPLE_GAP_SECONDS = 30 * 60  # 0.09 needless cuts per conversation of chitchat-dataset
 GROUP_GAP_SECONDS = 15 * 60  # 99.3% of the replies on Ubuntu's IRC come within it
 KNEE_RANGE_SECONDS = (5 * 60, 6 * 3600)
+MAX_SESSION_TURNS = 2000  # no conversation is; a history without times would be one session however long it is
 MIN_GAPS = 200  # fewer make no histogram
 _BINS_PER_DECADE = 8
 
@@ -49,79 +49,59 @@ class Session:
         return {turn.author_id for turn in self.turns}
 
 
-def streams(entries: Iterable[Entry]) -> list[tuple[list[Entry], Entry | None]]:
-    """Per channel, in order of time, what was said in it; and per thread, with the entry it hangs from.
-
-    Seconds decide the order and entries of one second keep theirs, so that two exports of one chat agree. A channel in
-    which any entry lacks a time keeps the order of the export.
-    """
-    main: dict[str, list[Entry]] = defaultdict(list)
-    threads: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-    by_id: dict[tuple[str, str], Entry] = {}
-    for entry in entries:
-        if entry.thread is not None and entry.thread != entry.id:
-            threads[entry.channel, entry.thread].append(entry)
-        else:
-            main[entry.channel].append(entry)
-            by_id[entry.channel, entry.id] = entry
-    found: list[tuple[list[Entry], Entry | None]] = [(said, None) for said in main.values()]
-    found += [(said, by_id.get(thread)) for thread, said in threads.items()]
-    for said, _ in found:
-        if all(entry.time is not None for entry in said):
-            said.sort(key=lambda entry: math.floor(entry.time or 0))
-    return found
-
-
-def turns(entries: Sequence[Entry], gap_seconds: int) -> list[Turn]:
+def turns(entries: Iterable[Entry], gap_seconds: int) -> Iterator[Turn]:
     """Bursts as one turn: an author's messages within BURST_SECONDS of each other that answer nothing else."""
-    found: list[Turn] = []
+    last: Turn | None = None
     for entry in entries:
         time = math.floor(entry.time or 0)
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and last.author_id == entry.author_id
-            and time - last.end <= min(BURST_SECONDS, gap_seconds)
-            and entry.reply_to in (None, last.reply_to)
-            and last.is_trained == entry.is_trained
-        ):
+        if last is not None and _goes_on(last, entry, time, min(BURST_SECONDS, gap_seconds)):
             last.texts.append(entry.text)
             last.ids.append(entry.id)
             last.end = time
             last.mentions += entry.mentions
-        else:
-            found.append(
-                Turn(
-                    entry.author_id,
-                    [entry.text],
-                    time,
-                    time,
-                    [entry.id],
-                    entry.reply_to,
-                    entry.mentions,
-                    entry.is_trained,
-                )
-            )
-    return found
+            continue
+        if last is not None:
+            yield last
+        last = Turn(
+            entry.author_id,
+            [entry.text],
+            time,
+            time,
+            [entry.id],
+            entry.reply_to,
+            entry.mentions,
+            entry.is_trained,
+        )
+    if last is not None:
+        yield last
 
 
-def sessions(channel: str, said: Sequence[Turn], gap_seconds: int, parent: Turn | None = None) -> Iterator[Session]:
+def _goes_on(turn: Turn, entry: Entry, time: int, burst_seconds: int) -> bool:
+    return (
+        turn.author_id == entry.author_id
+        and time - turn.end <= burst_seconds
+        and entry.reply_to in (None, turn.reply_to)
+        and turn.is_trained == entry.is_trained
+        and len(turn.ids) < MAX_SESSION_TURNS
+    )
+
+
+def sessions(channel: str, said: Iterable[Turn], gap_seconds: int, parent: Turn | None = None) -> Iterator[Session]:
     """The turns between pauses longer than `gap_seconds`. A reply stays with what it answers if that is in the session
-    before, and a thread is one session, whatever its pauses, after the entry it hangs from."""
-    if parent is not None:
-        whole = [parent, *said]
-        yield Session(channel, whole, 1)
-        return
-    current: list[Turn] = []
+    before, and a thread is one session, whatever its pauses, after the entry it hangs from. None is longer than
+    MAX_SESSION_TURNS."""
+    current: list[Turn] = [] if parent is None else [parent]
+    context = len(current)
     ids: set[str] = set()
     for turn in said:
-        if current and turn.begin - current[-1].end > gap_seconds and turn.reply_to not in ids:
-            yield Session(channel, current)
-            current, ids = [], set()
+        is_pause = parent is None and current and turn.begin - current[-1].end > gap_seconds
+        if (is_pause and turn.reply_to not in ids) or len(current) >= MAX_SESSION_TURNS:
+            yield Session(channel, current, context)
+            current, context, ids = [], 0, set()
         current.append(turn)
         ids.update(turn.ids)
-    if current:
-        yield Session(channel, current)
+    if len(current) > context:
+        yield Session(channel, current, context)
 
 
 def knee(gaps: Iterable[int]) -> int | None:
@@ -148,20 +128,14 @@ def knee(gaps: Iterable[int]) -> int | None:
     return round(10 ** ((place + 0.5) / _BINS_PER_DECADE) / 60) * 60
 
 
-def gap_for(said: Sequence[Sequence[Entry]]) -> tuple[int, str]:
-    """(seconds, how it was found) of the pause that parts conversations in these channels."""
-    gaps = [
-        math.floor(after.time) - math.floor(before.time)
-        for entries in said
-        for before, after in pairwise(entries)
-        if before.time is not None and after.time is not None
-    ]
-    found = knee(gaps)
+def gap_for(pauses: Iterable[int], *, in_groups: bool) -> tuple[int, str]:
+    """(seconds, how it was found) of the pause that parts conversations, from those between messages, in seconds."""
+    found = knee(pauses)
     if found is not None:
         return found, "knee of the pauses"
-    if all(len({entry.author_id for entry in entries}) <= 2 for entries in said):
-        return TWO_PEOPLE_GAP_SECONDS, "two people"
-    return GROUP_GAP_SECONDS, "a group"
+    if in_groups:
+        return GROUP_GAP_SECONDS, "a group"
+    return TWO_PEOPLE_GAP_SECONDS, "two people"
 
 
 def _bin(gap: int) -> int:

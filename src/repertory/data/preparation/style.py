@@ -52,28 +52,26 @@ class StyleCard:
     languages: dict[str, float]  # of the messages that show one; scripts other than Latin by their name
 
 
-def style_card(messages: Sequence[str], turns: int) -> StyleCard:
-    """`messages` in so many turns; there is at least one."""
-    lengths = [len(text) for text in messages]
-    words = [[word.casefold() for word in _WORD.findall(text)] for text in messages]
-    emojis = [[found["emoji"] for found in emoji.emoji_list(text)] if not text.isascii() else [] for text in messages]
-    lettered = [text for text in messages if any(character.isalpha() for character in text)]
+def style_card(sample: Sequence[str], messages: int, turns: int) -> StyleCard:
+    """Of so many messages in so many turns, by a sample of them; there is at least one."""
+    lengths = [len(text) for text in sample]
+    words = [[word.casefold() for word in _WORD.findall(text)] for text in sample]
+    emojis = [[found["emoji"] for found in emoji.emoji_list(text)] if not text.isascii() else [] for text in sample]
+    lettered = [text for text in sample if any(character.isalpha() for character in text)]
     phrases = Counter(
         " ".join(said[at : at + size]) for said in words for size in (2, 3) for at in range(len(said) - size + 1)
     )
-    ends = Counter(_ending(text) for text in messages)
-    spoken = Counter(
-        language for text, said in zip(messages, words, strict=True) if (language := _language(text, said))
-    )
+    ends = Counter(_ending(text) for text in sample)
+    spoken = Counter(language for text, said in zip(sample, words, strict=True) if (language := _language(text, said)))
     return StyleCard(
-        messages=len(messages),
+        messages=messages,
         mean_characters=round(mean(lengths), 1),
         median_characters=median(lengths),
-        messages_per_turn=round(len(messages) / max(turns, 1), 2),
+        messages_per_turn=round(messages / max(turns, 1), 2),
         lower_case=_share(sum(text == text.lower() for text in lettered), len(lettered)),
         capital_first=_share(sum(text.lstrip()[:1].isupper() for text in lettered), len(lettered)),
-        emoji=_share(sum(bool(found) for found in emojis), len(messages)),
-        ends_with={end: _share(count, len(messages)) for end, count in ends.most_common()},
+        emoji=_share(sum(bool(found) for found in emojis), len(sample)),
+        ends_with={end: _share(count, len(sample)) for end, count in ends.most_common()},
         top_emoji=_top(Counter(one for found in emojis for one in found)),
         top_words=_top(Counter(word for said in words for word in said)),
         top_phrases=_top(phrases),

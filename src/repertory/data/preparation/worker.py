@@ -24,10 +24,12 @@ from typing import Any
 import structlog
 
 from repertory import manifest
+from repertory.data.findings import findings_of
 from repertory.data.history import ImportReport
 from repertory.data.imports import ImportEvent, ImportOrder, ImportSummary
 from repertory.data.preparation.pipeline import Prepared, prepare
-from repertory.data.preparation.report import authors_of, findings_of, full_report
+from repertory.data.preparation.report import authors_of, full_report
+from repertory.data.preparation.scratch import Scratch
 from repertory.data.readers import DIALOGUES, open_history
 from repertory.errors import InvalidInput, StorageFailed
 from repertory.lifeline import end_with_service
@@ -65,19 +67,19 @@ def run(folder: Path, order: ImportOrder, tell: Callable[[ImportEvent], None]) -
                     pass
                 _write_authors(folder, read)
                 return ImportEvent(progress=1.0, status="needs_persona", summary=_summary(read))
-            try:
-                prepared = prepare(history, options.preparing(order.org_id))
-            finally:  # also where the persona is not among them: the table is what to choose from
-                _write_authors(folder, read)
-            return _written(folder / PREPARED, prepared, read)
-    except InvalidInput as error:
+            with Scratch() as scratch:
+                try:
+                    prepared = prepare(history, options.preparing(order.org_id), scratch)
+                finally:  # also where the persona is not among them: the table is what to choose from
+                    _write_authors(folder, read)
+                return _written(folder / PREPARED, prepared, read)
+    except (InvalidInput, StorageFailed) as error:
         return ImportEvent(status="failed", error=error.info)
 
 
 def _written(folder: Path, prepared: Prepared, read: ImportReport) -> ImportEvent:
-    lines = (conversation.model_dump_json(exclude_defaults=True) for conversation in prepared.conversations)
-    _write_lines(folder / CONVERSATIONS, lines)
-    _write_lines(folder / CONSENT, (json.dumps(sorted(authors)) for authors in prepared.authors))
+    _write_lines(folder / CONVERSATIONS, prepared.conversations.lines())
+    _write_lines(folder / CONSENT, (json.dumps(authors) for authors in prepared.conversations.authors()))
     manifest.write_durably(folder / REPORT, _json(full_report(prepared, read, None)))
     manifest.write_manifest(folder, [CONVERSATIONS, CONSENT, REPORT])
     manifest.sync_folder(folder.parent)
@@ -87,7 +89,7 @@ def _written(folder: Path, prepared: Prepared, read: ImportReport) -> ImportEven
             "persona": report.persona,
             "conversations": report.conversations,
             "trained_turns": report.trained_turns,
-            "recorded_authors": len(frozenset().union(*prepared.authors)),
+            "recorded_authors": len({author for authors in prepared.conversations.authors() for author in authors}),
             "system_prompt": prepared.system_prompt,
         }
     )
@@ -121,11 +123,13 @@ def _tell(event: ImportEvent) -> None:
 
 def main() -> int:
     order = ImportOrder.model_validate_json(sys.stdin.buffer.readline())
+    folder = Path(sys.argv[1])
+    os.environ["SQLITE_TMPDIR"] = str(folder)  # /tmp may be memory
     end_with_service()
     os.nice(POLITENESS)
     configure("INFO")
     try:
-        _tell(run(Path(sys.argv[1]), order, _tell))
+        _tell(run(folder, order, _tell))
     except OSError as error:
         log.error("the disk refused an import", **without_text(error))
         _tell(ImportEvent(status="failed", error=StorageFailed.of(error).info))

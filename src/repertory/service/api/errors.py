@@ -2,7 +2,8 @@
 
 {"error": {"code", "message", "type", "param", "cure", "request_id"}}
 
-A request with several problems has them all (the first 20) in `details`. What the caller has sent is never repeated:
+A request with several problems has them all (the first 20) in `details`; those of conversations are also in `findings`,
+the first 1,000 word for word and all counted, as those of an export are. What the caller has sent is never repeated:
 it may be private, and it may be something that JSON cannot say.
 """
 
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from repertory.contracts import Hyperparameters
+from repertory.data.findings import CODES, Findings, findings_of
 from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
 from repertory.service.store import NOT_NOW, reason
 
@@ -99,12 +101,23 @@ def error_body(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInfo] =
         "cure": info.cure,
         "request_id": request_id,
     }
+    in_conversations = [each for each in problems if (each.param or "").startswith("conversations")]
+    if in_conversations:
+        body["findings"] = _findings(in_conversations)
     if len(problems) > 1:
         body["details"] = [
             {"code": each.code, "message": each.message, "param": each.param, "cure": each.cure}
             for each in problems[:MAX_DETAILS]
         ]
     return {"error": body}
+
+
+def _findings(problems: Sequence[ErrorInfo]) -> dict[str, Any]:
+    findings = Findings()
+    for each in problems:
+        if each.code in CODES:
+            findings.add(each.code, each.param or "", None, each.message, each.cure)
+    return findings_of(findings)
 
 
 def error_response(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInfo] = ()) -> JSONResponse:

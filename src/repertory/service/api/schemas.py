@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from repertory.contracts import Download, Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
+from repertory.contracts import Download, Estimate, Evaluation, Hyperparameters, OrgId, TestPrompt, Usage
 from repertory.data.conversations import CleanText, Conversation, Message, SpokenText
 from repertory.data.imports import ImportSummary
 
@@ -29,6 +29,7 @@ class StartTraining(Request):
     org_id: OrgId
     base_model: str | None = None
     conversations: list[Conversation] | None = Field(None, min_length=1)
+    prepare: bool = False  # replace personal data in the conversations, and learn nothing twice
     dataset_id: str | None = None  # in their place: a dataset that is ready
     validation_split: float | None = Field(None, ge=0, lt=1)
     num_epochs: int | None = Field(None, ge=1, le=100)  # short for hyperparameters.num_train_epochs
@@ -63,6 +64,17 @@ class JobError(BaseModel):
     code: str
     message: str
     cure: str
+
+
+class TrainingFindings(BaseModel):
+    """What was found in the conversations that a job brought: the first 1,000, and how many of each code."""
+
+    training_id: str
+    findings: dict[str, Any] | None  # None: the job is on a dataset, whose report has them
+
+
+class TrainingEstimate(Estimate):
+    findings: dict[str, Any] | None  # in the conversations that were sent
 
 
 class TrainingStatus(BaseModel):

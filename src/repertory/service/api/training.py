@@ -13,8 +13,10 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from repertory.connection import unless_disconnected
-from repertory.contracts import Download, Estimate, EstimateRequest, EvaluateRequest
+from repertory.contracts import Download, EstimateRequest, EvaluateRequest
+from repertory.data.findings import findings_of
 from repertory.data.imports import ImportSummary
+from repertory.data.preparation.inline import inspect
 from repertory.errors import DataUnusable, InvalidInput, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import MayRead, MayTrain, OrgIdPath, ServiceDep
@@ -25,6 +27,8 @@ from repertory.service.api.schemas import (
     ModelEvaluated,
     StartTraining,
     TrainingCancelled,
+    TrainingEstimate,
+    TrainingFindings,
     TrainingJobs,
     TrainingStarted,
     TrainingStatus,
@@ -74,7 +78,7 @@ async def estimate(
     service: ServiceDep,
     caller: MayTrain,
     body: Annotated[StartTraining, Depends(body_of(StartTraining))],
-) -> Estimate:
+) -> TrainingEstimate:
     """What a start with this body would be and take. Nothing is stored, and no base model is loaded for it."""
     caller.organisation(body.org_id)
     submission = await run_in_threadpool(_submission, body, service, None)
@@ -83,16 +87,24 @@ async def estimate(
     with any_host(service, submission.base_model, config.hyperparameters) as (host, key):
         asked = EstimateRequest(
             key=key,
-            conversations=body.conversations,
+            conversations=None if submission.conversations is None else list(submission.conversations),
             conversations_path=None if on_dataset is None else str(service.imports.conversations_path(on_dataset)),
             hyperparameters=config.hyperparameters,
             validation_split=config.validation_split,
             system_prompt=config.system_prompt,
         )
         try:
-            return await unless_disconnected(request, host.estimate(asked))
+            estimated = await unless_disconnected(request, host.estimate(asked))
         except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
             raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
+    return TrainingEstimate(**estimated.model_dump(), findings=dict(submission.findings) or None)
+
+
+@router.get("/findings/{training_id}")
+def findings(service: ServiceDep, caller: MayRead, training_id: str) -> TrainingFindings:
+    """What was found in the conversations that the job brought. They were changed only if `prepare` was true."""
+    job = service.jobs.get(training_id, caller.org_id)
+    return TrainingFindings(training_id=job.id, findings=service.datasets.findings(job.org_id, job.id))
 
 
 @router.get("/status/{training_id}")
@@ -178,7 +190,9 @@ async def _check_on_hub(submission: Submission, service: Service) -> None:
 def _submission(body: StartTraining, service: Service, idempotency_key: str | None) -> Submission:
     settings = service.settings
     summary = _summary(body, service)
-    sent = len(body.conversations or []) if summary is None else summary.conversations or 0
+    inspection = None if body.conversations is None else inspect(body.conversations)
+    conversations = inspection.prepared if inspection is not None and body.prepare else body.conversations
+    sent = len(conversations or []) if summary is None else summary.conversations or 0
     if sent < settings.min_training_samples:
         raise InvalidInput(
             f"{sent} conversations were sent and {settings.min_training_samples} are needed.",
@@ -209,6 +223,10 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
     if summary is not None:
         metadata |= {"dataset_id": body.dataset_id, "recorded_authors": summary.recorded_authors}
         system_prompt = system_prompt or summary.system_prompt
+    if inspection is not None:
+        metadata["findings"] = dict(inspection.findings.counts)
+        if body.prepare:
+            metadata["prepared"] = {"surrogates": inspection.surrogates, "duplicates": inspection.duplicates}
     if body.name is not None:
         metadata["name"] = body.name
     if sent < FEW_CONVERSATIONS:
@@ -230,7 +248,8 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
         org_id=body.org_id,
         base_model=base_model,
         config=config,
-        conversations=body.conversations,
+        conversations=conversations,
+        findings={} if inspection is None else findings_of(inspection.findings),
         dataset_id=body.dataset_id,
         metadata=metadata,
         request_hash=_hash(body),
@@ -246,6 +265,12 @@ def _summary(body: StartTraining, service: Service) -> ImportSummary | None:
     """Of the dataset to train on, or None: the body brings conversations. Raises InvalidInput for both and none."""
     if body.conversations is not None and body.dataset_id is not None:
         raise InvalidInput("conversations and dataset_id are both there.", cure="Send one of them.", param="dataset_id")
+    if body.dataset_id is not None and body.prepare:
+        raise InvalidInput(
+            "prepare is for conversations; a dataset is prepared already.",
+            cure="Leave it out; POST /api/v1/datasets/{dataset_id}/prepare prepares a dataset again.",
+            param="prepare",
+        )
     if body.conversations is not None:
         return None
     if body.dataset_id is None:
