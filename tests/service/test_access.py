@@ -59,6 +59,7 @@ ROUTES: dict[str, Route] = {
     "POST /api/v1/training/start": Route(Scope.TRAIN, json=START),
     "POST /api/v1/training/estimate": Route(Scope.TRAIN, json=START),
     "GET /api/v1/training/status/{training_id}": Route(Scope.READ),
+    "GET /api/v1/training/findings/{training_id}": Route(Scope.READ),
     "GET /api/v1/training/jobs/{org_id}": Route(Scope.READ),
     "DELETE /api/v1/training/jobs/{training_id}": Route(Scope.TRAIN),
     "POST /api/v1/training/evaluate": Route(Scope.TRAIN, json={"org_id": "{org_id}", "model_id": "{training_id}"}),
