@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -23,10 +23,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from repertory.contracts import Download
-from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError, StorageFailed
+from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError, StorageFailed, Unavailable
 from repertory.settings import Settings, settings
 
-EXIT_CODES: dict[type[RepertoryError], int] = {NotFound: 3, InvalidInput: 5, Conflict: 5}
+EXIT_CODES: dict[type[RepertoryError], int] = {NotFound: 3, InvalidInput: 5, Conflict: 5, Unavailable: 8}
 DOWNLOAD_COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -125,7 +125,7 @@ def import_history(
     from repertory.data.preparation.report import full_report
 
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 200)
-    with complaining():
+    with complaining(importer.with_flags):
         asked = ImportOptions(
             format=format,
             persona=persona or [],
@@ -158,6 +158,25 @@ def import_history(
                 console.print(
                     f"Written to {written}. Train it: {importer.start_command(written, machine)}", soft_wrap=True
                 )
+
+
+@app.command()
+def forget(
+    author: Annotated[str, typer.Argument(help="The author's id, as the table of authors has it.")],
+    org: Annotated[str, typer.Option(help="The organisation whose datasets have the words.")] = "default",
+    url: Annotated[str | None, typer.Option(help="Where the service is.  [default: this machine]")] = None,
+    key: Annotated[str, typer.Option(envvar="REPERTORY_API_KEY", help="An API key, where one is needed.")] = "",
+) -> None:
+    """Have the service delete somebody's words from an organisation's datasets, and mark the voices that know them."""
+    from repertory import importer
+
+    with complaining():
+        found = importer.forget(url or f"http://localhost:{machine_settings().port}", org, author, key)
+    for kind, change in (("datasets", "is written anew"), ("trainings", "is marked: it learned from these words")):
+        for name, count in found[kind].items():
+            typer.echo(f"{name} {change} ({count:,} conversations with them)")
+    if not found["datasets"] and not found["trainings"]:
+        typer.echo(f"There are no words of {author} in the datasets of {org}.")
 
 
 models = typer.Typer(no_args_is_help=True, help="Base models: list, download, register, remove.")
@@ -232,11 +251,12 @@ def remove_model(
 
 
 @contextmanager
-def complaining() -> Iterator[None]:
-    """Ends the command with a complaint and its exit code where something goes wrong."""
+def complaining(worded: Callable[[str], str] = str) -> Iterator[None]:
+    """Ends the command with a complaint and its exit code where something goes wrong; `worded` says its cure."""
     try:
         yield
     except RepertoryError as error:
+        error.cure = worded(error.cure)
         complain(error)
         raise typer.Exit(EXIT_CODES.get(type(error), 1)) from None
     except OSError as error:

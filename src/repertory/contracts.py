@@ -10,6 +10,7 @@ A host speaks HTTP over a Unix socket:
     POST   /estimate          EstimateRequest -> Estimate; also for a base model that this host does not hold
     POST   /hub/check         BaseKey -> {}; refused if the hub tells, within seconds, that it cannot be trained on
     POST   /preview           PreviewRequest -> Preview; likewise
+    POST   /tokens            TokensRequest -> TokenReport; likewise
     POST   /adapters/load     AdapterRef -> {}
     POST   /adapters/unload   AdapterRef -> {}
 
@@ -373,6 +374,13 @@ class Estimate(Contract):
 class PreviewRequest(Contract):
     key: BaseKey
     conversations: list[Conversation]
+    hyperparameters: Hyperparameters  # max_seq_length counts
+    system_prompt: str | None = None
+
+
+class TokensRequest(Contract):
+    key: BaseKey
+    conversations_path: str  # JSON lines, one Conversation each
     hyperparameters: Hyperparameters  # max_seq_length counts
     system_prompt: str | None = None
 

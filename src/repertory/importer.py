@@ -6,25 +6,29 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
 
+import httpx
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
 from repertory.contracts import BaseKey
 from repertory.data.findings import MAX_FINDINGS, Findings
 from repertory.data.history import History, ImportReport
+from repertory.data.imports import TokenReport
 from repertory.data.preparation.pipeline import PreparationReport, Prepared, PrepareOptions, prepare
 from repertory.data.preparation.scratch import Scratch
-from repertory.data.preparation.tokens import TokenReport, spans, token_report
+from repertory.data.preparation.tokens import spans, token_report
 from repertory.data.readers import DIALOGUES, detect, open_history
 from repertory.data.readers.reading import ReadOptions
 from repertory.data.render import Renderer
+from repertory.errors import ErrorInfo, RepertoryError, Unavailable
 from repertory.settings import Settings
 
 MAX_BODY_BYTES = 64 << 20  # as the service has it
@@ -44,6 +48,7 @@ def authors(path: Path, format: str, options: ReadOptions, console: Console) -> 
         for _ in history:
             pass
         report = history.report
+    _word(report.findings)
     table = Table("author", "id", "messages", "characters", "first", "last", "", box=None)
     ranked = sorted(report.authors.values(), key=lambda author: -author.messages)
     for author in ranked[:SHOWN_AUTHORS]:
@@ -66,6 +71,7 @@ def prepared(
     with Scratch() as scratch:
         with _history(path, format, options, console) as history:
             made = prepare(history, preparation, scratch)
+        _word(history.report.findings)
         yield made, history.report
 
 
@@ -168,7 +174,13 @@ def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, c
 @contextmanager
 def _history(path: Path, format: str, options: ReadOptions, console: Console) -> Iterator[History]:
     """The history, with a bar of the bytes that have been read."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("reading", total=None)
@@ -178,6 +190,34 @@ def _history(path: Path, format: str, options: ReadOptions, console: Console) ->
 
         with open_history(path, format, options, tell) as history:
             yield history
+
+
+def forget(url: str, org_id: str, author: str, key: str) -> dict[str, dict[str, int]]:
+    """Ask the service to delete an author's words. Returns the datasets and trainings that had them.
+
+    Raises what the service refuses it with, and Unavailable where none answers.
+    """
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    asked = {"org_id": org_id, "author": author}
+    try:
+        answer = httpx.delete(f"{url}/api/v1/datasets/consent", params=asked, headers=headers, trust_env=False)
+        said = dict(answer.json())
+    except (httpx.HTTPError, ValueError) as error:
+        cure = "Start it with `repertory serve`, or say where it is: --url http://HOST:PORT."
+        raise Unavailable(f"no service answers at {url}", code="service_unreachable", cure=cure) from error
+    if not answer.is_success:
+        raise RepertoryError.from_info(ErrorInfo(status=answer.status_code, **said["error"]))
+    return {"datasets": said["datasets"], "trainings": said["trainings"]}
+
+
+def with_flags(cure: str) -> str:
+    """Options as the command line has them, where a cure names them as a request does."""
+    cure = cure.replace("day_first=true", "--day-first").replace("day_first=false", "--month-first")
+    return re.sub(r"\b(persona|timezone|column)=", r"--\1 ", cure)
+
+
+def _word(findings: Findings) -> None:
+    findings.kept[:] = [replace(finding, cure=with_flags(finding.cure)) for finding in findings.kept]
 
 
 def _show_findings(findings: Findings, console: Console) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
@@ -38,6 +39,24 @@ def sync_folder(folder: Path) -> None:
 def write_manifest(folder: Path, names: list[str]) -> None:
     """Seal `folder`: from now on it counts as whole. The named files must be on disk already."""
     files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+    write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=1).encode())
+
+
+def amend(folder: Path, changed: Mapping[str, Callable[[bytes], bytes]]) -> None:
+    """Change files of a sealed folder, those that it has, and what the manifest says of them.
+
+    The other files keep what is recorded of them, so damage stays damage. Interrupted, the folder counts as damaged
+    until this is done again.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    for name, change in changed.items():
+        if name in files:
+            content = change((folder / name).read_bytes())
+            write_durably(folder / name, content)
+            files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_durably(folder / MANIFEST, json.dumps({"files": files}, indent=1).encode())
 
 

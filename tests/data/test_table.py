@@ -28,7 +28,7 @@ def test_csv_columns_are_known_by_name_or_named(tmp_path: Path) -> None:
         open_history(tmp_path / "b.csv", "csv") as history,
     ):
         list(history)
-    assert "--column" in refused.value.cure
+    assert "column=author=HEADER" in refused.value.cure
     options = ReadOptions(columns={"author": "wer", "text": "was"})
     with open_history(tmp_path / "b.csv", "csv", options) as history:
         assert [(entry.author, entry.text) for entry in history] == [("ana", "x")]

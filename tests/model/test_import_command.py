@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +18,9 @@ from typer.testing import CliRunner
 import exports
 from repertory import cli, importer
 from repertory.data import imports
+from repertory.data.findings import CODES
 from repertory.data.history import Entry
+from repertory.data.imports import ImportOptions
 from repertory.data.readers import FORMATS
 from repertory.errors import InvalidInput
 from repertory.service.api.body import MAX_BODY_BYTES
@@ -118,6 +125,22 @@ def test_what_is_refused_has_a_code_and_a_cure(
     assert not list(tmp_path.glob("*.json.partial"))
 
 
+def test_cures_name_flags_here_and_fields_over_http(imported: Import, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("author,text,time\nana,hi,2024-07-01 12:00:00\n")
+    shown = imported(tmp_path / "a.csv").stdout
+    assert "--timezone Europe/Berlin" in shown
+    assert "timezone=" not in shown
+    (tmp_path / "chat.txt").write_text("3/4/23, 10:00 - Ana: a\n")
+    assert "--day-first or --month-first" in imported(tmp_path / "chat.txt").stderr
+    (tmp_path / "b.csv").write_text("wer,was\nana,x\n")
+    assert "--column author=HEADER" in imported(tmp_path / "b.csv", "--format", "csv").stderr
+    flags = [code for code, about in CODES.items() if re.search(r"(^|\s)--[a-z]", about.cure)]
+    assert flags == []
+    fields = [name for about in CODES.values() for name in re.findall(r"\b(\w+)=", about.cure)]
+    assert set(fields) <= set(ImportOptions.model_fields)
+    assert not [about.cure for about in CODES.values() if re.search(r"\b\w+=", importer.with_flags(about.cure))]
+
+
 def test_a_path_that_is_not_there(imported: Import) -> None:
     refused = imported("nowhere.zip", "--persona", "ana")
     assert (refused.exit_code, refused.stderr.split(":")[0]) == (5, "export_missing")
@@ -155,3 +178,31 @@ def test_a_body_that_the_service_would_refuse_is_told(
 def test_every_format_can_be_named(imported: Import, export: Path) -> None:
     for name in FORMATS:
         assert imported(export, "--format", name, "--dry-run").exit_code in (0, 5)
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(export: Path, tmp_path: Path) -> None:
+    rows = "".join(f"ana,message number {number} of very many,{1_700_000_000 + number}\n" for number in range(200_000))
+    (tmp_path / "long.csv").write_text(f"author,text,time\n{rows}")
+    shown = _on_a_terminal([sys.executable, "-m", "repertory.cli", "import", "long.csv"], tmp_path)
+    assert re.search(r"reading .*\d+\.\d/\d+\.\d MB .*\d+\.\d MB/s .*\d:\d\d:\d\d", shown), shown
+    assert "csv: 200,000 messages" in shown
+
+
+def _on_a_terminal(command: list[str], folder: Path) -> str:
+    """What it writes where its standard error is a terminal; it is there a while for the bar to be drawn again."""
+    main, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    with process:
+        while True:
+            try:
+                shown += os.read(main, 65536)
+            except OSError:  # EIO: nobody holds the other end any more
+                break
+    os.close(main)
+    assert process.returncode == 0
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())

@@ -66,6 +66,7 @@ ROUTES: dict[str, Route] = {
     "POST /api/v1/datasets": Route(Scope.TRAIN, form={"org_id": "{org_id}"}),
     "GET /api/v1/datasets": Route(Scope.READ, query={"org_id": "{org_id}"}),
     "GET /api/v1/datasets/consent": Route(Scope.READ, query={"org_id": "{org_id}", "author": "1"}),
+    "DELETE /api/v1/datasets/consent": Route(Scope.TRAIN, query={"org_id": "{org_id}", "author": "1"}),
     "GET /api/v1/datasets/{dataset_id}": Route(Scope.READ),
     "GET /api/v1/datasets/{dataset_id}/authors": Route(Scope.READ),
     "GET /api/v1/datasets/{dataset_id}/preview": Route(Scope.READ),

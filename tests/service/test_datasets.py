@@ -13,8 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 import exports
+from repertory import cli
 from repertory.data.history import Entry
 from repertory.service.api.upload import file_name
 from running_service import CONVERSATION, RunningService, eventually
@@ -114,6 +116,10 @@ def test_an_export_becomes_a_dataset(service: RunningService, export: Path) -> N
     assert dataset["summary"]["recorded_authors"] == 2
     assert dataset["report"]["stages"][0]["before"] == 80
     assert dataset["report"]["surrogates"] == {"EMAIL": 40}
+    tokens = dataset["report"]["tokens"]
+    assert (tokens["measured"], tokens["max_tokens"], tokens["shortened"], tokens["left_out"]) == (40, 2048, 0, 0)
+    assert 0 < tokens["p50"] <= tokens["p90"] <= tokens["p99"] <= tokens["longest"]
+    assert service.client.get(at).json()["report"]["tokens"] == tokens
     listed = service.client.get("/datasets?org_id=journey").json()["datasets"]
     assert [one["dataset_id"] for one in listed] == [accepted["dataset_id"]]
     consent = service.folder / "models/datasets/journey" / accepted["dataset_id"] / "prepared/consent.jsonl"
@@ -443,3 +449,107 @@ def test_a_refusal_has_all_findings_of_the_conversations(service: RunningService
         ("conversations[0].messages[1].mood", "unknown_field", "error"),
     ]
     assert all(one["what"] and one["cure"] for one in findings["kept"])
+
+
+def test_an_author_s_words_are_deleted_everywhere_and_the_voice_is_marked(
+    start_service: Start, export: Path, tmp_path: Path
+) -> None:
+    service, org = start_service().until_ready(), "org"
+    said = [("bob", "the zebra question, Carla"), ("ana", "asked Carla"), ("carla", "my walrus"), ("ana", "yes carla")]
+    said += [("bob", "another day"), ("ana", "another answer")]
+    entries = [
+        Entry(channel="7", id=f"{n}", author_id=who, author=who.capitalize(), text=text, time=1.7e9 + 60 * n)
+        for n, (who, text) in enumerate(said[:4], 1)
+    ] + [
+        Entry(channel="7", id=f"{n}", author_id=who, author=who.capitalize(), text=text, time=1.71e9 + 60 * n)
+        for n, (who, text) in enumerate(said[4:], 5)
+    ]
+    path = exports.telegram(entries, tmp_path)
+    dataset_id = imported(service, path, "org", persona="ana", gap="30m")["dataset_id"]
+    other = imported(service, export, "org", persona="ana")["dataset_id"]
+    bystander = service.trained("org")
+    voice = service.trained("org", conversations=None, dataset_id=dataset_id)
+
+    def remains(word: str) -> list[str]:
+        files = [path for path in (service.folder / "models").rglob("*") if path.is_file() and ".db" not in path.name]
+        told = [service.client.get(at).text for at in (f"/training/jobs/{org}", f"/models/{org}/info")]
+        found = [str(path) for path in files if word.encode() in path.read_bytes().lower()]
+        return sorted(found) + [text for text in told if word in text.lower()]
+
+    def listed() -> dict[str, Any]:
+        models = service.client.get("/models/org/list").json()["models"]
+        return {model["model_id"]: model["metadata"].get("deleted_authors") for model in models}
+
+    assert len(remains("walrus")) >= 4  # the export, the dataset, the job, its version
+    assert listed() == {voice: None, bystander: None}
+    told = CliRunner().invoke(cli.app, ["forget", "carla", "--org", "org", "--url", service.url])
+    assert told.exit_code == 0, told.output
+    assert told.stdout == (
+        f"{dataset_id} is written anew (1 conversations with them)\n"
+        f"{voice} is marked: it learned from these words (1 conversations with them)\n"
+    )
+    dataset = prepared(service, dataset_id)
+    assert (dataset["status"], dataset["summary"]["format"], dataset["summary"]["messages"]) == ("ready", "telegram", 5)
+    assert remains("walrus") == remains("carla") == []
+    marked = listed()
+    assert (len(marked[voice]), marked[bystander]) == (1, None)
+    assert "carla" not in marked[voice]
+    metadata = service.status(voice)["metadata"]
+    assert (metadata["deleted_authors"], "test_responses" in metadata["report"]) == (marked[voice], False)
+    assert service.client.post("/generate?org_id=org", json={"message": "hi", "model_id": voice}).status_code == 200
+    lines = (service.folder / "models/datasets/org" / voice / "conversations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["messages"][0]["content"] for line in lines] == ["another day"]
+    assert service.client.get(f"/datasets/{other}").json()["status"] == "ready"
+    again = service.client.delete("/datasets/consent", params={"org_id": "org", "author": "carla"})
+    assert (again.status_code, again.json()["datasets"], again.json()["trainings"]) == (202, {}, {})
+    assert CliRunner().invoke(cli.app, ["forget", "carla", "--url", "http://localhost:1"]).exit_code == 8
+    # What is left can be prepared again, with other options.
+    service.client.post(f"/datasets/{dataset_id}/prepare", json={"persona": ["ana"], "gap": "2h"})
+    assert prepared(service, dataset_id)["status"] == "ready"
+    assert remains("walrus") == []
+
+
+def test_deleting_words_survives_kill_9(start_service: Start, export: Path) -> None:
+    service = start_service()
+    dataset_id = imported(service, export, persona="ana")["dataset_id"]
+    assert service.client.delete("/datasets/consent?org_id=a&author=bob").status_code == 202
+    busy = eventually(lambda: worker(service))
+    refused = service.client.delete("/datasets/consent?org_id=a&author=ana")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "dataset_not_ready")
+    service.kill()
+    eventually(lambda: not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE)
+    folder = service.folder / "models/datasets/a" / dataset_id
+    assert (folder / "forget.json").exists()
+    service.start()
+    dataset = prepared(service, dataset_id)
+    assert dataset["error"]["code"] == "nothing_to_learn"  # Ana answered nobody else
+    assert sorted(path.name for path in folder.iterdir()) == ["authors.json", "history.jsonl"]
+    assert b"question" not in (folder / "history.jsonl").read_bytes()
+
+
+def test_words_that_are_being_learned_cannot_be_deleted(slow_service: RunningService, export: Path) -> None:
+    dataset_id = imported(slow_service, export, "learning", persona="ana")["dataset_id"]
+    training_id = slow_service.train("learning", conversations=None, dataset_id=dataset_id)
+    at = "/datasets/consent?org_id=learning&author=bob"
+    refused = slow_service.client.delete(at)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "words_in_use")
+    assert slow_service.client.get(f"/datasets/{dataset_id}").json()["status"] == "ready"
+    assert slow_service.client.delete(f"/training/jobs/{training_id}").status_code == 200
+    assert slow_service.client.delete(at).json()["trainings"] == {training_id: 40}
+
+
+def test_two_are_prepared_at_once_and_no_organisation_waits_for_another_s_hundred(
+    start_service: Start, export: Path
+) -> None:
+    service = start_service()
+    many = [send(service, export, "many", persona="ana")["dataset_id"] for _ in range(3)]
+    stopped = [eventually(lambda: worker(service))]
+    few = send(service, export, "few", persona="ana")["dataset_id"]
+    assert prepared(service, few)["status"] == "ready"  # while the first of the many stands still
+    statuses = [service.client.get(f"/datasets/{one}").json()["status"] for one in many]
+    assert statuses == ["preparing", "queued", "queued"]  # of one organisation one at a time
+    late = send(service, export, "late", persona="ana")["dataset_id"]
+    stopped[0].send_signal(signal.SIGCONT)
+    assert {prepared(service, one)["status"] for one in [*many, late]} == {"ready"}
+    starts = [json.loads(line)["dataset_id"] for line in service.log.splitlines() if '"import starts"' in line]
+    assert starts.index(late) < starts.index(many[2])

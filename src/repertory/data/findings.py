@@ -18,6 +18,7 @@ class Code:
     cure: str
 
 
+# Options are named as in a request, field=value; the command line puts its own words there (importer.with_flags).
 CODES: dict[str, Code] = {
     # reading
     "file_broken": Code(
@@ -42,7 +43,7 @@ CODES: dict[str, Code] = {
     "timezone_assumed": Code(
         "note",
         "The times name no time zone and were read as UTC.",
-        "Name the zone where the export was made: --timezone Europe/Berlin.",
+        "Name the zone where the export was made: timezone=Europe/Berlin.",
     ),
     "time_missing": Code("warning", "The message has no time that can be read.", "Nothing, if order is enough."),
     "author_unknown": Code(
@@ -51,7 +52,7 @@ CODES: dict[str, Code] = {
     "authors_by_name": Code(
         "note",
         "This format has no author ids: two people of one name are one, one person of two names is two.",
-        "Give --persona once for each name of the persona.",
+        "Name each name of the persona: persona=NAME, again and again.",
     ),
     "own_messages_only": Code(
         "warning",
@@ -61,7 +62,7 @@ CODES: dict[str, Code] = {
     "provider_voice": Code(
         "warning",
         "The assistant in this export is a provider's model, whose terms may forbid training others on it.",
-        "Read the provider's terms, or make the user the persona: --persona user.",
+        "Read the provider's terms, or make the user the persona: persona=user.",
     ),
     # preparing
     "little_data": Code(

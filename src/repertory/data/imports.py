@@ -113,6 +113,20 @@ class ImportSummary(BaseModel):
     system_prompt: str | None = None
 
 
+class TokenReport(BaseModel):
+    """Lengths in tokens of whole rows, before any is shortened."""
+
+    measured: int  # conversations; of very many a part, evenly spread
+    p50: int
+    p90: int
+    p99: int
+    longest: int
+    trained_share: float  # of all tokens
+    max_tokens: int  # of one row
+    shortened: int  # rows that lose their oldest messages to fit
+    left_out: int  # rows that cannot be made to fit
+
+
 class ImportEvent(BaseModel):
     """A line of what the process tells: how far it is, and at last how it ended."""
 

@@ -42,6 +42,7 @@ from repertory.contracts import (
     RunEvent,
     RunSpec,
     TokenChunk,
+    TokensRequest,
 )
 from repertory.errors import Conflict, ErrorInfo, InvalidInput, RepertoryError, StorageFailed, Unavailable
 from repertory.lifeline import end_with_service
@@ -254,6 +255,13 @@ def make_app(host: Host) -> Starlette:
         outline, renderer = await asyncio.get_running_loop().run_in_executor(askers, host.outline, asked.key)
         return _json(await asyncio.to_thread(preview, outline, renderer, asked))
 
+    async def tokens(request: Request) -> Response:
+        from repertory.model.preview import tokens
+
+        asked = await _body(request, TokensRequest)
+        outline, renderer = await asyncio.get_running_loop().run_in_executor(askers, host.outline, asked.key)
+        return _json(await asyncio.to_thread(tokens, outline, renderer, asked))
+
     async def load_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
         await asyncio.to_thread(host.loop.voices.get, ref)
@@ -281,6 +289,7 @@ def make_app(host: Host) -> Starlette:
             Route("/estimate", estimate, methods=["POST"]),
             Route("/hub/check", check_on_hub, methods=["POST"]),
             Route("/preview", preview, methods=["POST"]),
+            Route("/tokens", tokens, methods=["POST"]),
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),
         ],

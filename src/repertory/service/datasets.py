@@ -21,13 +21,15 @@ from typing import Any
 
 from repertory.data.conversations import Conversation
 from repertory.errors import Conflict
-from repertory.manifest import sync_folder, verify, write_durably
+from repertory.manifest import sync_folder, verify, write_durably, write_manifest
 
 CONVERSATIONS = "conversations.jsonl"
 CONSENT = "consent.jsonl"  # for each conversation the hashes of those whose words are in it
 FINDINGS = "findings.json"  # about the conversations that a job brought
+FORGET = "forget.json"  # whose words the worker takes from a dataset first
 PREPARED = "prepared"
 PENDING = ".pending"
+FORGOTTEN = ".forgotten"
 UPLOADS = "_uploads"  # no organisation's name begins like that
 
 
@@ -83,11 +85,32 @@ class Datasets:
         root = self._root / org_id
         for pattern in (f"*/{CONSENT}", f"*/{PREPARED}/{CONSENT}"):
             for path in sorted(root.glob(pattern)):
-                name = path.relative_to(root).parts[0].removesuffix(PENDING)
+                name = path.relative_to(root).parts[0].removesuffix(PENDING).removesuffix(FORGOTTEN)
                 with path.open(encoding="utf-8") as lines:
                     if count := sum(author_hash in line for line in lines):
                         found[name] = count
         return found
+
+    def forget(self, org_id: str, training_id: str, author_hash: str) -> None:
+        """Take every conversation with words of an author from what a job was trained on.
+
+        The folder is written anew beside itself and takes its own place, as after a submit that was cut off: once the
+        old one has lost its name, `settle` gives it to the new one.
+        """
+        folder, pending = self.settle(org_id, training_id), self._pending(org_id, training_id)
+        shutil.rmtree(pending, ignore_errors=True)
+        pending.mkdir()
+        with (folder / CONSENT).open() as consent, (folder / CONVERSATIONS).open(encoding="utf-8") as said:
+            kept = [pair for pair in zip(consent, said, strict=True) if author_hash not in json.loads(pair[0])]
+        write_durably(pending / CONSENT, "".join(authors for authors, _ in kept).encode())
+        write_durably(pending / CONVERSATIONS, "".join(words for _, words in kept).encode())
+        write_manifest(pending, [CONSENT, CONVERSATIONS])  # without the report, which has everybody's names
+        old = folder.with_name(f"{training_id}{FORGOTTEN}{PENDING}")  # of nobody: swept at the next start, if not now
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        pending.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old)
 
     def new_upload(self, dataset_id: str) -> Path:
         """The folder of an upload whose organisation is not known yet."""

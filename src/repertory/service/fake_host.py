@@ -55,8 +55,10 @@ from repertory.contracts import (
     TestResponse,
     TokenChunk,
     TokenLogprob,
+    TokensRequest,
     Usage,
 )
+from repertory.data.imports import TokenReport
 from repertory.data.prepare import read_conversations, with_system
 from repertory.errors import BaseModelUnavailable, ErrorInfo, InsufficientMemory, JobFailed, RepertoryError
 from repertory.lifeline import end_with_service
@@ -224,6 +226,28 @@ class FakeHost:
             rows.append(row)
         return Preview(base_model=request.key.name, max_seq_length=2048, rows=rows)
 
+    def tokens(self, request: TokensRequest) -> TokenReport:
+        conversations = read_conversations(Path(request.conversations_path))
+        about = PreviewRequest(
+            key=request.key,
+            conversations=conversations,
+            hyperparameters=request.hyperparameters,
+            system_prompt=request.system_prompt,
+        )
+        shown = self.preview(about)
+        lengths = sorted(row.tokens for row in shown.rows)
+        return TokenReport(
+            measured=len(lengths),
+            p50=lengths[len(lengths) // 2],
+            p90=lengths[-1],
+            p99=lengths[-1],
+            longest=lengths[-1],
+            trained_share=sum(row.trained_tokens for row in shown.rows) / sum(lengths),
+            max_tokens=shown.max_seq_length,
+            shortened=0,
+            left_out=0,
+        )
+
     def _story(self, spec: RunSpec, stop: threading.Event) -> Generator[RunEvent]:
         yield RunEvent(kind="preparing", progress=0.0)
         rows = len(Path(spec.conversations_path).read_text().splitlines())
@@ -258,7 +282,10 @@ class FakeHost:
                 self._write(checkpoints / f"checkpoint-{step}", {"state.json": b"{}"})
                 yield RunEvent(kind="checkpoint", progress=step / (STEPS + 1), data={"step": step})
         yield RunEvent(kind="evaluating", progress=STEPS / (STEPS + 1), data={"phase": "measuring the voice"})
-        report = {"perplexity": 10.0, "base_perplexity": 20.0}
+        first = read_conversations(Path(spec.conversations_path))[0].messages
+        asked = [message.content for message in first if message.role == "user"]
+        samples = [{"instruction": text, "generated_response": "Hm.", "base_response": "Hm."} for text in asked]
+        report = {"perplexity": 10.0, "base_perplexity": 20.0, "test_responses": samples}
         output = Path(spec.output_dir)
         files = {
             "adapter_config.json": b"{}",
@@ -340,6 +367,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer_or_refuse(host.check_on_hub, BaseKey.model_validate_json(body))
             case "/preview":
                 self._answer(host.preview(PreviewRequest.model_validate_json(body)))
+            case "/tokens":
+                self._answer(host.tokens(TokensRequest.model_validate_json(body)))
             case "/adapters/load":
                 adapter = AdapterRef.model_validate_json(body)
                 host.adapters[adapter.training_id] = adapter

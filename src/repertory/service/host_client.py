@@ -26,7 +26,9 @@ from repertory.contracts import (
     RunEvent,
     RunSpec,
     TokenChunk,
+    TokensRequest,
 )
+from repertory.data.imports import TokenReport
 from repertory.errors import ErrorInfo, RepertoryError, Unavailable
 
 SILENCE_SECONDS = 60.0  # a run sends a heartbeat every 2 seconds; a host quiet for this long hangs
@@ -118,6 +120,9 @@ class HostClient:
 
     async def preview(self, request: PreviewRequest) -> Preview:
         return Preview.model_validate_json(await self._post("/preview", request, timeout_seconds=None))
+
+    async def tokens(self, request: TokensRequest) -> TokenReport:
+        return TokenReport.model_validate_json(await self._post("/tokens", request, timeout_seconds=None))
 
     async def load(self, adapter: AdapterRef) -> None:
         await self._post("/adapters/load", adapter, timeout_seconds=TOKEN_SECONDS)

@@ -4,18 +4,21 @@
        ^                        │             │      │
        └───────────── prepare ──┴─────────────┴──────┘
 
-Reading and preparing is done by a process of its own (`repertory.data.preparation.worker`), one at a time. It dies with
-the service, and the next start runs it again: nothing of a dataset is used before its manifest verifies.
+Reading and preparing is done by processes of their own (`repertory.data.preparation.worker`), two at once and of one
+organisation one, the organisation next whose turn is longest ago: neither a long export nor a hundred of them keep
+others waiting. They die with the service, and the next start runs them again: nothing of a dataset is used before its
+manifest verifies.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,17 +31,22 @@ import structlog
 from sqlalchemy import Row, delete, insert, select, update
 
 from repertory.data.conversations import Conversation
-from repertory.data.imports import ImportEvent, ImportOptions, ImportOrder, ImportSummary
+from repertory.data.imports import ImportEvent, ImportOptions, ImportOrder, ImportSummary, TokenReport
 from repertory.data.preparation.identity import hashed
 from repertory.errors import Conflict, ErrorInfo, NotFound
 from repertory.logs import without_text
-from repertory.service.datasets import CONVERSATIONS, PREPARED, Datasets
+from repertory.manifest import write_durably
+from repertory.service.datasets import CONVERSATIONS, FORGET, PREPARED, Datasets
+from repertory.service.jobs import TERMINAL
+from repertory.service.models import Models
 from repertory.service.store import NOT_NOW, Store, datasets, ensure_organisation, jobs, now, reason
 
 log = structlog.get_logger()
 
 WORKER = "repertory.data.preparation.worker"
 KIND = "data_"  # how the ids begin
+MAX_KNOWN_TOKENS = 1000  # datasets of which the lengths in tokens are remembered: measuring takes seconds
+AT_ONCE = 2  # processes, each of one core at most and of 200 MB
 RETRY_SECONDS = 1.0  # while the database takes no writes
 
 
@@ -80,17 +88,28 @@ class Dataset:
         )
 
 
+@dataclass
+class _Work:
+    """A process that prepares, from its start to its end."""
+
+    dataset: Dataset
+    process: subprocess.Popen[bytes]
+    progress: float = 0.0  # of the export, as read
+
+
 class Imports:
-    def __init__(self, store: Store, files: Datasets) -> None:
+    def __init__(self, store: Store, files: Datasets, models: Models) -> None:
+        self._models = models
+        self._tokens: dict[tuple[str, str], TokenReport] = {}
         self._store = store
         self._files = files
-        self._lock = threading.Lock()  # between a row and its folder: accepted, deleted or taken up by the worker
-        self._working_on: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._progress = 0.0
+        # Between a row and its folder: accepted, deleted or taken up by a worker; and whoever changes these two.
+        self._lock = threading.Lock()
+        self._working: dict[str, _Work] = {}  # by dataset id
+        self._turns: dict[str, int] = {}  # of organisations, as they come
+        self._woken = threading.Condition(self._lock)
         self._stopping = threading.Event()
-        self._woken = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="imports", daemon=True)
+        self._threads = [threading.Thread(target=self._work, name="imports", daemon=True) for _ in range(AT_ONCE)]
 
     def start(self) -> None:
         """Take up again what the end of the last process has cut off."""
@@ -99,19 +118,23 @@ class Imports:
                 update(datasets).where(datasets.c.status == Status.PREPARING).values(status=Status.QUEUED)
             )
             accepted = connection.execute(select(datasets.c.id, datasets.c.org_id)).all()
-        for row in accepted:
-            self._files.settle(row.org_id, row.id)
+        settled = [(row.id, self._files.settle(row.org_id, row.id)) for row in accepted]
+        cut_off = [dataset_id for dataset_id, folder in settled if (folder / FORGET).exists()]
+        with self._store.write() as connection:
+            connection.execute(update(datasets).where(datasets.c.id.in_(cut_off)).values(status=Status.QUEUED))
         self._files.sweep(KIND, {row.id for row in accepted}.__contains__)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """What is being prepared is prepared again at the next start."""
         with self._lock:
             self._stopping.set()
-            if self._process is not None:
-                self._process.kill()
-        self._woken.set()
-        self._thread.join()
+            for work in self._working.values():
+                work.process.kill()
+            self._woken.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def accept(self, org_id: str, dataset_id: str, file_name: str, file_bytes: int, options: ImportOptions) -> Dataset:
         """Take over an upload. Once this returns, it survives any end of the process and a power cut."""
@@ -135,7 +158,7 @@ class Imports:
                 self._files.discard_pending(org_id, dataset_id)
                 raise
             self._files.settle(org_id, dataset_id)
-        self._woken.set()
+            self._woken.notify()
         return self.get(dataset_id, org_id)
 
     def prepare(self, dataset_id: str, org_id: str | None, options: ImportOptions) -> Dataset:
@@ -151,16 +174,12 @@ class Imports:
             )
         if not changed.rowcount:
             raise _not_yet(dataset)
-        self._woken.set()
+        self._wake()
         return self.get(dataset_id, org_id)
 
     def get(self, dataset_id: str, org_id: str | None) -> Dataset:
         """The dataset, if it is this organisation's (None: anybody's). Raises NotFound."""
-        wanted = select(datasets).where(datasets.c.id == dataset_id)
-        if org_id is not None:
-            wanted = wanted.where(datasets.c.org_id == org_id)
-        with self._store.read() as connection:
-            row = connection.execute(wanted).one_or_none()
+        row = self._store.find(datasets, dataset_id, org_id)
         if row is None:
             raise NotFound(
                 "There is no such dataset.",
@@ -191,7 +210,8 @@ class Imports:
         """How much of the export is read, 0 to 1."""
         if dataset.status == Status.QUEUED:
             return 0.0
-        return self._progress if dataset.id == self._working_on else 1.0
+        work = self._working.get(dataset.id)
+        return 1.0 if work is None else work.progress
 
     def trained(self, dataset: Dataset) -> list[str]:
         """The training ids of the jobs that were started on it, oldest first."""
@@ -210,6 +230,57 @@ class Imports:
         of_datasets = {name: count for name, count in found.items() if name.startswith(KIND)}
         return of_datasets, {name: count for name, count in found.items() if name not in of_datasets}
 
+    def forget(self, org_id: str, author: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Delete an author's words from all of an organisation's datasets and from what its jobs were trained on.
+
+        `author` is an id of the export. Returns what `with_words_of` did before. The datasets are written anew by the
+        worker, which goes on after any end of the process; the versions that learned from the words are marked. Where
+        this is cut off, the same call does the rest.
+        Raises Conflict while a dataset is being prepared or a job on the words has not ended.
+        """
+        with self._lock:
+            held = self.of_organisation(org_id)
+            busy = next((dataset for dataset in held if dataset.status in BUSY), None)
+            if busy is not None:
+                raise _not_yet(busy)
+            of_datasets, of_jobs = self.with_words_of(org_id, author)
+            self._refuse_unended(of_jobs)
+            spoken_in = [one for one in held if one.id in of_datasets or self._is_among_authors(one, author)]
+            for dataset in spoken_in:
+                folder = self._files.folder(org_id, dataset.id)
+                write_durably(folder / FORGET, json.dumps([author]).encode())
+            with self._store.write() as connection:
+                ids = [dataset.id for dataset in spoken_in]
+                connection.execute(update(datasets).where(datasets.c.id.in_(ids)).values(status=Status.QUEUED))
+            for dataset in spoken_in:  # from here on no job can be started on it
+                shutil.rmtree(self._files.folder(org_id, dataset.id) / PREPARED, ignore_errors=True)
+            of_jobs |= self.with_words_of(org_id, author)[1]
+            self._refuse_unended(of_jobs)
+            self._models.mark(of_jobs, hashed(author, org_id))
+            for training_id in of_jobs:
+                self._files.forget(org_id, training_id, hashed(author, org_id))
+            self._woken.notify_all()
+        return {dataset.id: of_datasets.get(dataset.id, 0) for dataset in spoken_in}, of_jobs
+
+    def _refuse_unended(self, training_ids: Iterable[str]) -> None:
+        with self._store.read() as connection:
+            found = connection.execute(select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(training_ids))).all()
+        ended = {row.id for row in found if row.status in TERMINAL}
+        for training_id in sorted(set(training_ids) - ended):
+            raise Conflict(
+                f"The job {training_id} is learning from these words.",
+                code="words_in_use",
+                cure="Cancel it with DELETE /api/v1/training/jobs/{training_id}, or wait for its end; then ask again.",
+                param="author",
+            )
+
+    def _is_among_authors(self, dataset: Dataset, author: str) -> bool:
+        about = self._read(dataset, "authors.json")
+        if about is None:
+            return False
+        listed = {one["id"] for one in about["authors"]}
+        return author in listed or about["count"] > len(listed)  # of very many not all are listed
+
     def authors(self, dataset: Dataset) -> dict[str, Any]:
         """Who speaks in it. Raises Conflict until it is read."""
         about = self._read(dataset, "authors.json")
@@ -220,6 +291,21 @@ class Imports:
     def report(self, dataset: Dataset) -> dict[str, Any] | None:
         """What each stage did; None until it is prepared."""
         return self._read(dataset, f"{PREPARED}/report.json") if dataset.status == Status.READY else None
+
+    def known_tokens(self, dataset: Dataset, base_model: str) -> TokenReport | None:
+        """What was measured of it since it was prepared last."""
+        return self._tokens.get((self._prepared_at(dataset), base_model))
+
+    def know_tokens(self, dataset: Dataset, base_model: str, measured: TokenReport) -> None:
+        self._tokens[self._prepared_at(dataset), base_model] = measured
+        while len(self._tokens) > MAX_KNOWN_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
+
+    def _prepared_at(self, dataset: Dataset) -> str:
+        try:
+            return f"{dataset.id} {self.conversations_path(dataset).stat().st_mtime_ns}"
+        except FileNotFoundError:
+            return dataset.id
 
     def conversations(self, dataset: Dataset, count: int) -> list[Conversation]:
         """Some of them, evenly spread."""
@@ -239,9 +325,10 @@ class Imports:
         """Remove the export and everything made of it. Jobs that were started on it keep their conversations."""
         with self._lock:
             dataset = self.get(dataset_id, org_id)
-            if self._working_on == dataset_id and self._process is not None:
-                self._process.kill()
-                self._process.wait()  # nothing is written into the folder any more
+            work = self._working.get(dataset_id)
+            if work is not None:
+                work.process.kill()
+                work.process.wait()  # nothing is written into the folder any more
             self._files.withdraw(dataset.org_id, dataset_id)
             with self._store.write() as connection:
                 connection.execute(delete(datasets).where(datasets.c.id == dataset_id))
@@ -254,25 +341,27 @@ class Imports:
             return None
         return dict(json.loads(content))
 
-    # The worker's thread
+    # The workers' threads
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._woken.notify()
 
     def _work(self) -> None:
         while not self._stopping.is_set():
-            self._woken.clear()
             try:
-                while not self._stopping.is_set() and self._prepare_next():
-                    pass
+                self._prepare_next()
             except Exception as error:  # a locked database, a full disk, a mistake of ours: the queue must go on later
                 log.error("a look at the imports failed", **without_text(error))
                 self._stopping.wait(RETRY_SECONDS)
-                continue
-            self._woken.wait()
 
-    def _prepare_next(self) -> bool:
+    def _prepare_next(self) -> None:
         with self._lock:
             dataset = self._claim()
             if dataset is None:
-                return False
+                if not self._stopping.is_set():
+                    self._woken.wait()
+                return
             folder = self._files.folder(dataset.org_id, dataset.id)
             # Started by the thread that waits for it: the kernel ends it with that thread.
             process = subprocess.Popen(
@@ -282,31 +371,37 @@ class Imports:
                 bufsize=0,  # an order that nobody took must not be written once more when the pipe is closed
                 process_group=0,
             )
-            self._process, self._working_on, self._progress = process, dataset.id, 0.0
+            work = self._working[dataset.id] = _Work(dataset, process)
+            self._turns[dataset.org_id] = max(self._turns.values(), default=0) + 1
         log.info("import starts", dataset_id=dataset.id, org_id=dataset.org_id, pid=process.pid)
         try:
-            end = self._follow(process, ImportOrder(org_id=dataset.org_id, options=dataset.options))
+            end = self._follow(work, ImportOrder(org_id=dataset.org_id, options=dataset.options))
         except Exception as error:  # a mistake of ours; the dataset must not stay as if somebody worked on it
             log.error("an import failed", dataset_id=dataset.id, **without_text(error))
             end = _died("what it told could not be read")
-        with self._lock:
-            self._process = self._working_on = None
         if not self._stopping.is_set():  # else it is left as it is, for the next start
             self._finish(dataset, end)
-        return True
+        with self._lock:
+            del self._working[dataset.id]
+            self._woken.notify()  # the organisation's next one may have waited for this one
 
     def _claim(self) -> Dataset | None:
+        """The oldest of the organisation whose turn is longest ago, and none of which is being prepared."""
         queued = select(datasets).where(datasets.c.status == Status.QUEUED)
+        busy = [work.dataset.org_id for work in self._working.values()]
         with self._store.read() as connection:
-            row = connection.execute(queued.order_by(datasets.c.created_at, datasets.c.id).limit(1)).one_or_none()
-        if row is None or self._stopping.is_set():
+            first_of = queued.where(datasets.c.org_id.not_in(busy)).order_by(datasets.c.created_at, datasets.c.id)
+            rows = connection.execute(first_of).all()
+        if not rows or self._stopping.is_set():
             return None
+        row = min(rows, key=lambda row: self._turns.get(row.org_id, 0))  # of equal ones the first
         with self._store.write() as connection:
             connection.execute(update(datasets).where(datasets.c.id == row.id).values(status=Status.PREPARING))
         return Dataset.from_row(row)
 
-    def _follow(self, process: subprocess.Popen[bytes], order: ImportOrder) -> ImportEvent:
+    def _follow(self, work: _Work, order: ImportOrder) -> ImportEvent:
         """Until it has ended. A process that does not say how is a failed import."""
+        process = work.process
         assert process.stdin is not None
         assert process.stdout is not None
         end: ImportEvent | None = None
@@ -314,7 +409,7 @@ class Imports:
             with suppress(BrokenPipeError):  # it has ended already; its exit status says how
                 process.stdin.write(order.model_dump_json().encode() + b"\n")
             for event in _events(process):
-                self._progress = event.progress
+                work.progress = event.progress
                 if event.is_end:
                     end = event
             code = process.wait()

@@ -154,11 +154,7 @@ class Jobs:
 
     def get(self, job_id: str, org_id: str | None = None) -> Job:
         """The job, if it is this organisation's (None: anybody's). Raises NotFound."""
-        wanted = select(jobs).where(jobs.c.id == job_id)
-        if org_id is not None:
-            wanted = wanted.where(jobs.c.org_id == org_id)
-        with self._store.read() as connection:
-            row = connection.execute(wanted).one_or_none()
+        row = self._store.find(jobs, job_id, org_id)
         if row is None:
             raise NotFound(
                 "There is no such training job.",

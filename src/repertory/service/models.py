@@ -5,20 +5,25 @@ A version is visible while its folder's manifest verifies, so visible means load
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, Select, select
+from sqlalchemy import Row, Select, select, update
 
 from repertory import manifest
 from repertory.contracts import AdapterRef, BaseKey, Hyperparameters
 from repertory.errors import NotFound, Unavailable
-from repertory.service.store import Store, model_versions, organisations
+from repertory.service.store import Store, jobs, model_versions, organisations
 
 LATEST = "latest"  # the promoted version
 BASE = "base"  # the bare base model
+DELETED_AUTHORS = "deleted_authors"  # in metadata: hashes of those whose words were learned, and are deleted since
+SAMPLES = "test_responses"  # in a report: replies to held-out words, which are quoted
+QUOTING = ("report.json", "training_metadata.json")  # files of a version that may have them
 
 # What a folder looked like when it was verified: name, time of change and size of each file.
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -41,7 +46,8 @@ class Version:
         report = self.metadata.get("report", {})
         scores = {name: report[name] for name in ("perplexity", "base_perplexity", "scored_on") if name in report}
         counts = {name: self.metadata[name] for name in ("training_conversations",) if name in self.metadata}
-        return self.key.model_dump(exclude_none=True) | counts | scores
+        marks = {name: self.metadata[name] for name in (DELETED_AUTHORS,) if name in self.metadata}
+        return self.key.model_dump(exclude_none=True) | counts | scores | marks
 
     @property
     def shape(self) -> Hyperparameters:
@@ -97,6 +103,19 @@ class Models:
             )
         return version
 
+    def mark(self, training_ids: Collection[str], author_hash: str) -> None:
+        """Show of jobs and versions that they learned from words which are deleted now, and quote none any more."""
+        with self._store.write() as connection:
+            for table, key in ((jobs, jobs.c.id), (model_versions, model_versions.c.training_id)):
+                for row in connection.execute(select(key, table.c.metadata).where(key.in_(training_ids))).all():
+                    known = {*row.metadata.get(DELETED_AUTHORS, []), author_hash}
+                    marked = _without_samples(row.metadata) | {DELETED_AUTHORS: sorted(known)}
+                    connection.execute(update(table).where(key == row[0]).values(metadata=marked))
+            learned = select(model_versions).where(model_versions.c.training_id.in_(training_ids))
+            versions = [self._version(row) for row in connection.execute(learned)]
+        for version in versions:
+            manifest.amend(version.folder, dict.fromkeys(QUOTING, _without_samples_in))
+
     def promoted(self, org_id: str) -> Version | None:
         """The version to compare a new one with, if there is one that works."""
         try:
@@ -139,6 +158,16 @@ class Models:
 
 def _of_organisation(org_id: str) -> Select[Any]:
     return select(model_versions).where(model_versions.c.org_id == org_id)
+
+
+def _without_samples_in(content: bytes) -> bytes:
+    return json.dumps(_without_samples(json.loads(content)), ensure_ascii=False, indent=1).encode()
+
+
+def _without_samples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_samples(item) for name, item in value.items() if name != SAMPLES}
+    return [_without_samples(item) for item in value] if isinstance(value, list) else value
 
 
 def _fingerprint(folder: Path) -> Fingerprint:

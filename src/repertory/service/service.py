@@ -26,9 +26,9 @@ class Service:
         self.keys = Keys(self.store, ServiceSecret(settings))
         self.keys.check_secret()
         self.datasets = Datasets(settings.dataset_dir)
-        self.imports = Imports(self.store, self.datasets)
         self.jobs = Jobs(self.store, self.datasets)
         self.models = Models(self.store, settings.finetuned_model_dir)
+        self.imports = Imports(self.store, self.datasets, self.models)
         self.hosts = Hosts(settings)
         self.dispatcher = Dispatcher(settings, self.store, self.jobs, self.datasets, self.models, self.hosts)
 

@@ -33,6 +33,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Row,
     String,
     Table,
     Text,
@@ -42,6 +43,7 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    select,
     text,
 )
 from sqlalchemy.exc import (
@@ -224,6 +226,14 @@ class Store:
     def read(self) -> Iterator[Connection]:
         with self._engine.connect() as connection, connection.begin():
             yield connection
+
+    def find(self, table: Table, row_id: str, org_id: str | None) -> Row[Any] | None:
+        """The row with this id, if it is this organisation's (None: anybody's)."""
+        wanted = select(table).where(table.c.id == row_id)
+        if org_id is not None:
+            wanted = wanted.where(table.c.org_id == org_id)
+        with self.read() as connection:
+            return connection.execute(wanted).one_or_none()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -12,6 +13,7 @@ from repertory.errors import InvalidInput
 
 ALIKE = 0.8  # of SequenceMatcher: ana.banana and ana_banana, not ana and anton
 MAX_SUGGESTIONS = 5
+MIN_NAME_CHARACTERS = 3  # shorter names are words, and stay in what others say
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ def labels(authors: Mapping[str, Author], masked: Collection[str]) -> dict[str, 
         used[name] = used.get(name, 0) + 1
         chosen[author.id] = name if used[name] == 1 else f"{name} ({used[name]})"
     return chosen
+
+
+def masking(labels: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that puts labels in place of names, in any case, where they stand as words of their own."""
+    names = {name.casefold(): label for name, label in labels.items() if len(name) >= MIN_NAME_CHARACTERS}
+    if not names:
+        return str
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+    return lambda text: pattern.sub(lambda found: names.get(found[0].casefold(), "Somebody"), text)
 
 
 def hashed(author_id: str, org_id: str = "") -> str:

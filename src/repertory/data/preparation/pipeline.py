@@ -5,7 +5,6 @@ people → noise → sessions → bursts → personal data → conversations →
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from repertory.data.findings import Findings
 from repertory.data.history import Author, Entry, History, ImportReport
 from repertory.data.preparation.context import Voices, pieces
 from repertory.data.preparation.duplicates import Duplicates, leakage
-from repertory.data.preparation.identity import Identity, find_all, hashed, identify, labels
+from repertory.data.preparation.identity import Identity, find_all, hashed, identify, labels, masking
 from repertory.data.preparation.noise import has_words, noise, without_quotes
 from repertory.data.preparation.privacy import Surrogates
 from repertory.data.preparation.scratch import Conversations, Scratch
@@ -29,7 +28,6 @@ WARN_BELOW = 1000  # trained turns
 SPEAKS_LITTLE = 0.05
 HELD_OUT_SHARE = 0.1
 MAX_STYLED = 5000  # messages that the style is measured on; of more, as many are, evenly spread
-MIN_NAME_CHARACTERS = 3  # shorter names are words, and stay in what others say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,18 +291,8 @@ def _drop_duplicates(scratch: Scratch, stages: list[Stage]) -> None:
 
 
 def _names(authors: Mapping[str, Author], people: _People) -> Callable[[str], str]:
-    """A function that puts labels for the names of masked people in what others say."""
-    names = {
-        name.casefold(): people.called[one]
-        for one in sorted(people.masked)
-        for name in authors[one].names
-        if len(name) >= MIN_NAME_CHARACTERS
-    }
-    if not names:
-        return str
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
-    return lambda text: pattern.sub(lambda found: names.get(found[0].casefold(), "Somebody"), text)
+    """Puts labels for the names of masked people in what others say."""
+    return masking({name: people.called[one] for one in sorted(people.masked) for name in authors[one].names})
 
 
 def _with_prompt(conversation: Conversation, prompt: str | None) -> Conversation:

@@ -7,8 +7,8 @@ from typing import Any
 
 from repertory.data.findings import findings_of
 from repertory.data.history import ImportReport
+from repertory.data.imports import TokenReport
 from repertory.data.preparation.pipeline import Prepared
-from repertory.data.preparation.tokens import TokenReport
 
 MAX_AUTHORS = 1000  # those who speak most; all are counted
 
@@ -18,7 +18,7 @@ def full_report(prepared: Prepared, read: ImportReport, tokens: TokenReport | No
     about = asdict(prepared.report)
     about["findings"] = findings_of(prepared.report.findings)
     about["timezone_assumed"] = read.timezone_assumed
-    about["tokens"] = asdict(tokens) if tokens else None
+    about["tokens"] = tokens.model_dump() if tokens else None
     about["authors"] = authors_of(read)
     return about
 

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from repertory.data.conversations import Conversation
+from repertory.data.imports import TokenReport
 from repertory.data.prepare import with_system
 from repertory.data.render import Renderer, Row
 
-MAX_MEASURED = 5000  # conversations; of more, as many are measured, evenly spread
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenReport:
-    """Lengths in tokens of whole rows, before any is shortened."""
-
-    measured: int  # conversations
-    p50: int
-    p90: int
-    p99: int
-    longest: int
-    trained_share: float  # of all tokens
-    max_tokens: int  # of one row
-    shortened: int  # rows that lose their oldest messages to fit
-    left_out: int  # rows that cannot be made to fit
+MAX_MEASURED = 2000  # conversations; of more, as many are measured, evenly spread
 
 
 def token_report(

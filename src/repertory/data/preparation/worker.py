@@ -3,6 +3,8 @@
     python -m repertory.data.preparation.worker FOLDER < pipe
 
     FOLDER/export/NAME      the export as it was sent
+    FOLDER/forget.json      whose words are to be deleted first (`forgetting`)
+    FOLDER/history.jsonl    in place of the export, once somebody's were
     FOLDER/authors.json     who speaks in it, once it is read
     FOLDER/prepared/        conversations.jsonl, consent.jsonl (for each conversation the hashes of those whose words
                             are in it), report.json; MANIFEST.json last
@@ -27,10 +29,11 @@ from repertory import manifest
 from repertory.data.findings import findings_of
 from repertory.data.history import ImportReport
 from repertory.data.imports import ImportEvent, ImportOrder, ImportSummary
+from repertory.data.preparation.forgetting import forget, source
 from repertory.data.preparation.pipeline import Prepared, prepare
 from repertory.data.preparation.report import authors_of, full_report
 from repertory.data.preparation.scratch import Scratch
-from repertory.data.readers import DIALOGUES, open_history
+from repertory.data.readers import DIALOGUES, open_history, rewritten
 from repertory.errors import InvalidInput, StorageFailed
 from repertory.lifeline import end_with_service
 from repertory.logs import configure, without_text
@@ -48,7 +51,6 @@ POLITENESS = 10  # of nice: replies go before imports
 def run(folder: Path, order: ImportOrder, tell: Callable[[ImportEvent], None]) -> ImportEvent:
     """Read the export in `folder`, and prepare it where the persona is known. Returns how it ended."""
     shutil.rmtree(folder / PREPARED, ignore_errors=True)
-    (export,) = (folder / "export").iterdir()
     options = order.options
     told = 0.0
 
@@ -60,7 +62,10 @@ def run(folder: Path, order: ImportOrder, tell: Callable[[ImportEvent], None]) -
             tell(ImportEvent(progress=share))
 
     try:
-        with open_history(export, options.format, options.reading(), progress) as history:
+        forget(folder, options.format, options.reading())
+        path, is_rewritten = source(folder)
+        format = rewritten.NAME if is_rewritten else options.format
+        with open_history(path, format, options.reading(), progress) as history:
             read = history.report
             if not options.persona and read.format not in DIALOGUES:
                 for _ in history:

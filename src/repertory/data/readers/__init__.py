@@ -25,6 +25,7 @@ from repertory.data.readers import (
     messages,
     messenger,
     native,
+    rewritten,
     sharegpt,
     slack,
     table,
@@ -37,8 +38,8 @@ from repertory.errors import InvalidInput
 
 # In the order in which they are asked; the first that recognises an export reads it, so the general come last.
 READERS: tuple[ModuleType, ...] = (
-    discord, discord_package, slack, telegram, messenger, twitch, chatgpt, claude, native, sharegpt, alpaca, messages,
-    discord_csv, whatsapp, irc, table,
+    rewritten, discord, discord_package, slack, telegram, messenger, twitch, chatgpt, claude, native, sharegpt, alpaca,
+    messages, discord_csv, whatsapp, irc, table,
 )  # fmt: skip
 FORMATS = tuple(reader.NAME for reader in READERS)
 DIALOGUES = tuple(reader.NAME for reader in (chatgpt, claude, native, sharegpt, alpaca, messages))
@@ -60,7 +61,7 @@ def open_history(
         reader = _reader(export, format)
         if tell is not None:
             export = export.told(tell)
-        report = ImportReport(reader.NAME)
+        report = ImportReport(rewritten.format_of(export) if reader is rewritten else reader.NAME)
         if export.broken:
             report.findings.add("file_broken", export.name, None, export.broken)
         reading = Reading(export, options or ReadOptions(), report)

@@ -41,7 +41,7 @@ def read(reading: Reading) -> Iterator[Entry]:
             raise InvalidInput(
                 f"{file.name} has no column for {', '.join(missing)}; its columns are {', '.join(header(file))}",
                 code="columns_missing",
-                cure="Name them: --column author=HEADER --column text=HEADER, and time=, channel=, id=, reply_to=.",
+                cure="Name them: column=author=HEADER and column=text=HEADER; also time, channel, id, reply_to.",
             )
         yield from reading.entries(file, rows(reading, file), partial(_entry, reading, file, columns))
 

@@ -160,7 +160,7 @@ def _order(reading: Reading, file: ExportFile, dates: list[tuple[int, int, int]]
     raise InvalidInput(
         f"{file.name}: {first}/{second}/{year} may be a day of either month, and no other date of the file decides it",
         code="date_order_unknown",
-        cure="Say which: --day-first or --month-first (day_first in a request).",
+        cure="Say which: day_first=true or day_first=false.",
     )
 
 

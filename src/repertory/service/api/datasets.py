@@ -8,8 +8,9 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import ConfigDict, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from repertory.contracts import OrgId, Preview, PreviewRequest
+from repertory.contracts import OrgId, Preview, PreviewRequest, TokensRequest
 from repertory.data.imports import ImportOptions
+from repertory.errors import InvalidInput, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import MayRead, MayTrain, OrgIdQuery, ServiceDep
 from repertory.service.api.errors import ApiError, InvalidRequest, problem
@@ -21,6 +22,7 @@ from repertory.service.api.schemas import (
     DatasetDeleted,
     DatasetList,
     DatasetStatus,
+    Forgotten,
     JobError,
 )
 from repertory.service.api.upload import receive
@@ -89,10 +91,44 @@ def consent(
     return Consent(datasets=of_datasets, trainings=of_jobs)
 
 
+@router.delete("/consent", status_code=202)
+def forget(
+    service: ServiceDep, caller: MayTrain, org_id: Annotated[OrgId, Query()], author: Annotated[str, Query()]
+) -> Forgotten:
+    """Delete an author's words, by the id that `authors` has. The datasets are written anew, and prepared again if they
+    were; from what voices were trained on every conversation with such words is taken, and the voices are marked."""
+    of_datasets, of_jobs = service.imports.forget(caller.organisation(org_id), author)
+    return Forgotten(datasets=of_datasets, trainings=of_jobs, message="The words are being deleted.")
+
+
 @router.get("/{dataset_id}")
-def status(service: ServiceDep, caller: MayRead, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetStatus:
-    dataset = service.imports.get(dataset_id, caller.narrowed(org_id))
-    return _status(dataset, service, report=service.imports.report(dataset))
+async def status(service: ServiceDep, caller: MayRead, dataset_id: str, org_id: OrgIdQuery = None) -> DatasetStatus:
+    """With its report once it is ready. The report's `tokens` want the base model's tokenizer: null without a host."""
+    dataset = await run_in_threadpool(service.imports.get, dataset_id, caller.narrowed(org_id))
+    report = await run_in_threadpool(service.imports.report, dataset)
+    if report is not None:
+        report["tokens"] = await _tokens(dataset, service)
+    return await run_in_threadpool(_status, dataset, service, report=report)
+
+
+async def _tokens(dataset: Dataset, service: Service) -> dict[str, Any] | None:
+    """How long the rows are in tokens of the default base model; None while that cannot be told."""
+    settings = service.settings
+    try:
+        with any_host(service, settings.default_base_model, settings.hyperparameters) as (host, key):
+            if (known := service.imports.known_tokens(dataset, key.name)) is not None:
+                return known.model_dump()
+            request = TokensRequest(
+                key=key,
+                conversations_path=str(service.imports.conversations_path(dataset)),
+                hyperparameters=settings.hyperparameters,
+                system_prompt=None if dataset.summary is None else dataset.summary.system_prompt,
+            )
+            measured = await host.tokens(request)
+    except (Unavailable, InvalidInput):
+        return None
+    service.imports.know_tokens(dataset, key.name, measured)
+    return measured.model_dump()
 
 
 @router.get("/{dataset_id}/authors")

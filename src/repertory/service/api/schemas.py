@@ -160,6 +160,10 @@ class Consent(BaseModel):
     trainings: dict[str, int]  # training id -> how many
 
 
+class Forgotten(Consent):
+    message: str
+
+
 class DatasetDeleted(BaseModel):
     message: str
     dataset_id: str
