@@ -396,8 +396,9 @@ class Imports:
             return None
         row = min(rows, key=lambda row: self._turns.get(row.org_id, 0))  # of equal ones the first
         with self._store.write() as connection:
-            connection.execute(update(datasets).where(datasets.c.id == row.id).values(status=Status.PREPARING))
-        return Dataset.from_row(row)
+            still_queued = (datasets.c.id == row.id) & (datasets.c.status == Status.QUEUED)
+            taken = connection.execute(update(datasets).where(still_queued).values(status=Status.PREPARING))
+        return Dataset.from_row(row) if taken.rowcount else None
 
     def _follow(self, work: _Work, order: ImportOrder) -> ImportEvent:
         """Until it has ended. A process that does not say how is a failed import."""
