@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ NAME = "history"
 TITLE = "Repertory's own, after somebody's words were deleted"
 
 MARK = "repertory_history"  # the one key of the first line; its value is the format that was exported
+_HEAD = re.compile(rb'\{"%b": "([a-z-]*)"\}\n' % MARK.encode())
 _entries = TypeAdapter(Entry)
 
 
@@ -51,8 +53,5 @@ def write(path: Path, format: str, entries: Iterable[Entry]) -> None:
 
 
 def _format(file: ExportFile) -> str | None:
-    try:
-        head = json.loads(file.head.partition(b"\n")[0])
-    except ValueError:
-        return None
-    return head[MARK] if isinstance(head, dict) and list(head) == [MARK] and isinstance(head[MARK], str) else None
+    found = _HEAD.match(file.head)
+    return None if found is None else found[1].decode()
