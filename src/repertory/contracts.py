@@ -6,6 +6,7 @@ A host speaks HTTP over a Unix socket:
     POST   /generate          GenerateRequest -> TokenChunk per line (NDJSON); closing the connection stops the sequence
     POST   /runs              RunSpec -> RunEvent per line (NDJSON); closing the connection stops the run
     DELETE /runs/{id}         -> {} once the run has really stopped and its memory is free; 404 if there is none
+    POST   /runs/{id}/interrupt  -> {}; the run will end after the step that it is at, with a checkpoint; 404 likewise
     POST   /evaluate          EvaluateRequest -> Evaluation
     POST   /estimate          EstimateRequest -> Estimate; also for a base model that this host does not hold
     POST   /hub/check         BaseKey -> {}; refused if the hub tells, within seconds, that it cannot be trained on
@@ -324,12 +325,22 @@ class RunEvent(Contract):
     completed   data: metadata of the version, with the report; the folder at output_dir verifies
     failed      error is set
     cancelled   stopped on request; memory is free
+    interrupted likewise, with a checkpoint of what was done since the last one
 
     `warnings` in the data of any of them are gathered in the job's metadata.
     """
 
     kind: Literal[
-        "preparing", "running", "step", "checkpoint", "evaluating", "heartbeat", "completed", "failed", "cancelled"
+        "preparing",
+        "running",
+        "step",
+        "checkpoint",
+        "evaluating",
+        "heartbeat",
+        "completed",
+        "failed",
+        "cancelled",
+        "interrupted",
     ]
     progress: float = Field(ge=0, le=1)
     data: dict[str, Any] = {}

@@ -224,8 +224,9 @@ def test_a_download_shows_its_progress_delays_nobody_and_stops_with_its_job(
     assert first["eta_seconds"] > 0
     later = eventually(lambda: (now := progress()) and now["bytes_done"] > first["bytes_done"] and now)
     assert 0 <= first["percent"] <= later["percent"] < 100
-    job = service.status(training_id)
-    assert (job["status"], "downloading acme/slow" in job["metadata"]["waiting_for"]) == ("queued", True), job
+    job = service.until(training_id, "preparing")
+    assert job["started_at"] is not None
+    eventually(lambda: "downloading acme/slow" in service.status(training_id)["metadata"].get("phase", ""))
     hosts = {host["base_model"]: host for host in service.client.get("/health").json()["hosts"]}
     assert hosts["acme/slow"]["download"]["bytes_total"] == first["bytes_total"]
     assert '"event": "download"' in service.log

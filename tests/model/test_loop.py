@@ -79,6 +79,37 @@ def test_a_cancelled_run_stops_within_two_portions_and_lets_go_of_its_memory(
     assert runs[0]() is None  # with it went adapter, optimizer and activations
 
 
+@pytest.mark.fault("F6")
+@pytest.mark.parametrize("at", ["preparing", "step", "evaluating"])
+def test_an_interrupted_run_keeps_its_steps_and_ends_as_if_nothing_had_happened(
+    loop: DeviceLoop, make_spec: MakeSpec, at: str
+) -> None:
+    """No checkpoint but the interruption's own falls into the steps."""
+
+    def losses(*runs: Told) -> dict[int, float]:
+        return {one.data["step"]: one.data["loss"] for run in runs for one in run.events if one.kind == "step"}
+
+    options = {"save_steps": 100, "lora_dropout": 0.1}
+    whole = Told()
+    loop.start_run(make_spec(16, training_id="train_whole", **options), whole)
+    report = whole.until("completed").data["report"]
+
+    spec = make_spec(16, training_id="train_cut", **options)
+    before, after = Told(), Told()
+    loop.start_run(spec, before)
+    before.until(at)
+    loop.interrupt_run(spec.training_id).result(DEADLINE_SECONDS)
+    before.until("interrupted" if at == "step" else "cancelled")
+    done = losses(before)
+    kept = [one.data["step"] for one in before.events if one.kind == "checkpoint"]
+    assert kept == ([max(done)] if done else [])
+    loop.start_run(spec, after)
+    assert after.until("completed").data["report"]["val_nll"] == report["val_nll"]
+    assert after.until("running").data.get("resumed_from_step", 0) == max(done, default=0)
+    assert losses(before, after) == losses(whole)
+    assert not losses(before).keys() & losses(after).keys()
+
+
 def test_stopping_a_run_that_is_not_there_says_so(loop: DeviceLoop) -> None:
     with pytest.raises(NotFound):
         loop.stop_run("train_x").result(DEADLINE_SECONDS)
@@ -141,6 +172,7 @@ ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("error", [ON_CUDA, ON_CPU, MemoryError()])
 @pytest.mark.parametrize("where", ["hidden", "logits"])
 def test_out_of_memory_in_serving_gives_up_the_newest_and_not_the_others(

@@ -57,6 +57,7 @@ CHAT = {"model": "{org_id}@{training_id}", "messages": [{"role": "user", "conten
 
 ROUTES: dict[str, Route] = {
     "POST /api/v1/training/start": Route(Scope.TRAIN, json=START),
+    "GET /api/v1/training/{training_id}/events": Route(Scope.READ),
     "POST /api/v1/training/estimate": Route(Scope.TRAIN, json=START),
     "GET /api/v1/training/status/{training_id}": Route(Scope.READ),
     "GET /api/v1/training/findings/{training_id}": Route(Scope.READ),

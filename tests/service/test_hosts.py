@@ -118,6 +118,7 @@ def test_a_dead_host_is_started_again(hosts: Hosts) -> None:
     assert hosts.acquire(key("fake/base")) is host
 
 
+@pytest.mark.fault("F18")
 def test_a_hanging_host_is_killed_and_started_again(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts_module, "SILENCE_SECONDS", 0.1)
     monkeypatch.setattr(hosts_module, "POLL_READY_SECONDS", 0.05)

@@ -100,8 +100,9 @@ def test_an_ended_job_takes_no_more_writes(jobs: Jobs, store: Store, job: Job, l
         assert connection.execute(select(model_versions)).all() == []
 
 
+@pytest.mark.fault("F12")
 def test_a_run_that_was_taken_over_can_change_nothing(jobs: Jobs, store: Store, job: Job, lease: Lease) -> None:
-    jobs.recover("another process")
+    jobs.recover()
     taken_over = jobs.claim(job.id, "another process")
     assert taken_over is not None
     with pytest.raises(LeaseLost):
@@ -124,7 +125,7 @@ def test_resuming_forgets_the_steps_past_the_checkpoint(jobs: Jobs, store: Store
     lease.record(event("running", 0.0))
     for step in range(1, 8):
         lease.record(event("step", step / 10, step=step))
-    jobs.recover("us again")
+    jobs.recover()
     again = jobs.claim(job.id, "us again")
     assert again is not None
     resumed = Lease(store, again).record(event("running", 0.5, resumed_from_step=5))
@@ -189,12 +190,36 @@ def test_an_old_checkpoint_gives_none(store: Store, jobs: Jobs, job: Job) -> Non
     assert Lease(store, again).record(event("checkpoint", 0.5, step=5)).attempts == 1
 
 
+def test_an_interrupted_run_goes_back_without_blame(jobs: Jobs, store: Store, job: Job, lease: Lease) -> None:
+    lease.record(event("checkpoint", 0.5, step=5))
+    lease.give_back("the service was stopped")
+    present = jobs.get(job.id)
+    assert (present.status, present.attempts, present.progress) == (Status.QUEUED, 0, 0.5)
+    assert [one.data for one in jobs.events(job.id)][-1] == {"reason": "the service was stopped"}
+    with pytest.raises(LeaseLost):
+        lease.beat()
+
+
+def test_an_interrupted_run_that_was_to_be_cancelled_is(jobs: Jobs, job: Job, lease: Lease) -> None:
+    jobs.cancel(job.id)
+    assert lease.beat().cancel_requested
+    lease.give_back("the service was stopped")
+    assert jobs.get(job.id).status == Status.CANCELLED
+
+
+def test_the_commit_is_kept_once_it_is_known(jobs: Jobs, job: Job, lease: Lease) -> None:
+    lease.pin("fake/base@0123")
+    lease.give_back("the service was stopped")
+    assert jobs.get(job.id).base_model == "fake/base@0123"
+
+
 def test_a_host_lost_while_cancelling_means_cancelled(jobs: Jobs, job: Job, lease: Lease) -> None:
     jobs.cancel(job.id)
     lease.host_lost("the host stopped the run")
     assert jobs.get(job.id).status == Status.CANCELLED
 
 
+@pytest.mark.fault("F21")
 def test_cancel_racing_completion_ends_in_one_state(jobs: Jobs, store: Store, submit: Submit) -> None:
     for _ in range(25):
         claimed = jobs.claim(submit(), "us")

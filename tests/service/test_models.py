@@ -65,6 +65,7 @@ def test_a_version_of_another_organisation_is_not_found(models: Models, publish:
         models.find("us", theirs)
 
 
+@pytest.mark.fault("F10")
 def test_a_damaged_version_is_neither_listed_nor_served(models: Models, publish: Callable[[str], str]) -> None:
     training_id = publish("org")
     assert models.find("org", LATEST)

@@ -52,6 +52,7 @@ def until(service: Service, job_id: str, *statuses: Status) -> Job:
     return job
 
 
+@pytest.mark.fault("F18")
 def test_a_hanging_host_is_killed_and_the_run_resumed(
     start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_hanging_host_is_killed_and_the_run_resumed(
     assert job.metadata["resumed_from_step"] >= 5
 
 
+@pytest.mark.fault("F13")
 def test_a_database_that_takes_no_writes_for_a_while_costs_nothing(
     start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +105,7 @@ def test_a_run_taken_over_by_somebody_else_stops_on_the_host(start: Callable[...
     service = start(steps=10_000)
     job_id = submitted(service)
     until(service, job_id, Status.RUNNING)
-    service.jobs.recover("somebody else")  # as another process would, that finds ours dead
+    service.jobs.recover()  # as another process would, that finds ours dead
     service.jobs.cancel(job_id)
     (host,) = service.hosts.ready()
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from running_service import CONVERSATION, RunningService, eventually
@@ -126,18 +122,21 @@ def test_an_adapter_whose_files_are_not_whole_is_not_published(service: RunningS
     assert service.client.get("/models/damaged/list").json()["count"] == 0
 
 
+@pytest.mark.fault("F1")
 def test_a_host_that_dies_once_costs_the_steps_since_the_checkpoint(service: RunningService) -> None:
     job = service.until(service.train("dies-once", base_model="fake/crash-once"), "completed", "failed")
     assert job["status"] == "completed"
     assert job["metadata"]["resumed_from_step"] == 5
 
 
+@pytest.mark.fault("F15")
 def test_a_job_that_kills_every_host_fails(service: RunningService) -> None:
     job = service.until(service.train("killer", base_model="fake/crash"), "completed", "failed")
     assert job["status"] == "failed"
     assert job["error"]["code"] == "host_crashed"
 
 
+@pytest.mark.fault("F22")
 def test_an_idempotency_key_makes_one_job_of_two_requests(service: RunningService) -> None:
     body = {"org_id": "twice", "conversations": [CONVERSATION]}
     key = {"Idempotency-Key": "7f3d"}
@@ -217,6 +216,7 @@ def test_an_estimate_is_as_strict_as_a_start(service: RunningService) -> None:
 # Cancelling
 
 
+@pytest.mark.fault("F21")
 def test_a_running_job_is_cancelled_when_its_run_has_stopped(slow_service: RunningService) -> None:
     service = slow_service
     training_id = service.train("org")
@@ -244,6 +244,7 @@ def test_a_queued_job_is_cancelled_at_once(slow_service: RunningService) -> None
     service.client.delete(f"/training/jobs/{running}")
 
 
+@pytest.mark.fault("F21")
 def test_ended_jobs_cannot_be_cancelled(service: RunningService) -> None:
     completed = service.trained("cancels-late")
     failed = service.train("cancels-late", base_model="fake/fail")
@@ -255,6 +256,7 @@ def test_ended_jobs_cannot_be_cancelled(service: RunningService) -> None:
     assert service.status(completed)["status"] == "completed"
 
 
+@pytest.mark.fault("F21")
 def test_cancelling_at_any_moment_ends_in_one_state(service: RunningService) -> None:
     """Runs take 0.2 seconds here; the cancels come from before the claim to after the end."""
     for delay in range(8):
@@ -345,6 +347,7 @@ def test_what_is_refused_before_a_stream_begins_has_its_status(service: RunningS
     assert answer.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_closed_connection_stops_the_sequence(service: RunningService, stream: bool) -> None:
     def running() -> int:
@@ -362,6 +365,7 @@ def test_a_closed_connection_stops_the_sequence(service: RunningService, stream:
     eventually(lambda: running() == 0)  # left alone, it would go on for a minute
 
 
+@pytest.mark.fault("F33")
 def test_a_host_that_dies_while_replying_is_an_error_with_a_retry(service: RunningService) -> None:
     service.trained("dying", base_model="fake/mortal")
     answer = service.client.post("/generate?org_id=dying", json={"message": "die"})
@@ -371,6 +375,7 @@ def test_a_host_that_dies_while_replying_is_an_error_with_a_retry(service: Runni
     assert eventually(lambda: service.client.post("/generate?org_id=dying", json={"message": "Hi"}).is_success)
 
 
+@pytest.mark.fault("F33")
 def test_a_host_that_dies_within_a_stream_is_an_error_in_the_stream(service: RunningService) -> None:
     service.trained("dying-late", base_model="fake/frail")
     body = {"message": "a long one", "max_tokens": 3000, "stream": True}
@@ -452,7 +457,7 @@ def test_a_model_whose_base_is_not_in_memory_is_loading(start_service: Start) ->
     assert reply.json()["response"] == f"Hello from {training_id}"
 
 
-# Start, health, end
+# Health, and the process as a whole
 
 
 def test_health_is_answered_while_the_host_starts(start_service: Start) -> None:
@@ -489,128 +494,6 @@ def test_open_mode_is_said_at_start(service: RunningService) -> None:
     assert '"event": "open: no API key is set up' in service.log
 
 
-def test_a_dead_host_is_started_again(service: RunningService) -> None:
-    dead = service.host_of("bundled/SmolLM2-135M-Instruct")
-    assert dead is not None
-    dead.kill()
-    eventually(lambda: (now := service.host_of("bundled/SmolLM2-135M-Instruct")) and now.pid != dead.pid)
-    service.until_ready()
-
-
-def test_after_kill_9_and_a_restart_nothing_is_lost(start_service: Start) -> None:
-    service = start_service(FAKE_HOST_STEPS="25", FAKE_HOST_STEP_SECONDS="0.04").until_ready()
-    failed = service.train("failed", base_model="fake/fail")
-    service.until(failed, "failed")
-    running = service.train("running")
-    eventually(lambda: service.status(running)["metadata"].get("checkpoint_step"))
-    before = service.status(running)
-    queued = service.train("queued")
-    service.kill()
-    service.start()
-    after = service.until(running, "completed", "failed")
-    assert after["status"] == "completed"
-    assert after["metadata"]["resumed_from_step"] >= before["metadata"]["checkpoint_step"]
-    assert after["started_at"] == before["started_at"]
-    assert service.status(failed)["status"] == "failed"
-    assert service.until(queued, "completed")
-
-
-def test_a_stop_is_clean_and_soon_and_takes_the_hosts_along(start_service: Start) -> None:
-    service = start_service(**SLOW).until_ready()
-    training_id = service.train("org")
-    service.until(training_id, "running")
-    hosts = service.hosts()
-    began = time.monotonic()
-    assert service.stop() == 0
-    assert time.monotonic() - began < 10
-    assert not any(host.is_running() for host in hosts)
-
-
-def test_ctrl_c_is_a_stop(start_service: Start) -> None:
-    service = start_service()
-    service.process.send_signal(signal.SIGINT)
-    assert service.process.wait(20) == 0
-
-
-def test_kill_9_leaves_no_host(start_service: Start) -> None:
-    service = start_service().until_ready()
-    hosts = service.hosts()
-    assert hosts
-    service.kill()
-    eventually(lambda: not any(host.is_running() and host.status() != psutil.STATUS_ZOMBIE for host in hosts))
-
-
-def refused_start(folder: Path, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "repertory.cli", "serve"],
-        cwd=folder,
-        env={
-            "HOST_MODULE": "repertory.service.fake_host",
-            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    return done.returncode, done.stderr
-
-
-def test_a_port_in_use_is_one_line_with_the_cure(service: RunningService, tmp_path: Path) -> None:
-    code, said = refused_start(tmp_path, PORT=service.url.rpartition(":")[2])
-    assert code == 1
-    assert said.count("\n") == 1
-    assert "PORT=" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_database_in_use_is_one_line_with_the_cure(service: RunningService) -> None:
-    code, said = refused_start(service.folder, PORT="0")
-    assert code == 1
-    assert said.splitlines()[-1].startswith("repertory: Another Repertory service")
-    assert "DATABASE_URL" in said
-
-
-def test_contradicting_settings_are_refused_at_start(tmp_path: Path) -> None:
-    code, said = refused_start(tmp_path, PORT="0", USE_4BIT="true", USE_8BIT="true")
-    assert code == 1
-    assert "use_4bit and use_8bit are both true" in said
-    code, said = refused_start(tmp_path, PORT="eighty")
-    assert (code, "PORT" in said) == (1, True)
-
-
-def test_a_dotenv_that_is_no_text_is_refused_at_start_and_by_commands(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_bytes(b"PORT=0\nDEFAULT_ORG_ID=caf\xe9\n")  # as an editor on Windows may save it
-    code, said = refused_start(tmp_path)
-    assert (code, said.count("\n")) == (1, 1), said
-    assert f"{tmp_path / '.env'} cannot be read" in said
-    assert "UTF-8" in said
-    command = [sys.executable, "-m", "repertory.cli", "models", "list"]
-    listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (listed.returncode, "Cure: Save it as UTF-8" in listed.stderr, "Traceback" in listed.stderr) == (
-        5,
-        True,
-        False,
-    )
-
-
-def test_a_folder_that_cannot_be_made_is_one_line_with_its_cure(tmp_path: Path) -> None:
-    (tmp_path / "models").write_text("a file where the folder should be")
-    code, said = refused_start(tmp_path, PORT="0")
-    assert code == 1
-    assert "Traceback" not in said
-    assert "models" in said.splitlines()[-1]
-    assert "permissions" in said.splitlines()[-1]
-
-
-@pytest.mark.parametrize("host", ["a..b", "203.0.113.7"])
-def test_an_address_that_is_not_of_this_machine_is_one_line_with_its_cure(tmp_path: Path, host: str) -> None:
-    code, said = refused_start(tmp_path, PORT="0", HOST=host)
-    assert (code, said.count("\n")) == (1, 1), said
-    assert "Set HOST" in said
-    assert "PORT=8301" not in said  # nothing is running there
-
-
 def test_the_service_never_imports_torch() -> None:
     """Nor anything else that takes seconds; it would not answer within one."""
     check = "import sys, repertory.service.api.app; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
@@ -642,12 +525,3 @@ def test_many_requests_at_once_are_all_answered(service: RunningService) -> None
     for thread in threads:
         thread.join()
     assert replies == [f"Hello from {training_id}"] * 16
-
-
-def test_a_stop_does_not_wait_for_a_long_reply(start_service: Start) -> None:
-    service = start_service().until_ready()
-    body = {"message": "a long one", "max_tokens": 3000, "stream": True, "model_id": "base"}
-    with service.client.stream("POST", "/generate?org_id=org", json=body) as response:
-        assert "text" in next(response.iter_lines())
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(15) == 0

@@ -56,7 +56,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; /health must answer before
 
 HEARTBEAT_SECONDS = 2.0
 ASKERS = 8  # that may wait for a hub at once
-TERMINAL = ("completed", "failed", "cancelled")
+TERMINAL = ("completed", "failed", "cancelled", "interrupted")
 
 log = structlog.get_logger()
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -226,6 +226,10 @@ def make_app(host: Host) -> Starlette:
         await asyncio.wrap_future(host.loop.stop_run(request.path_params["training_id"]))
         return JSONResponse({})
 
+    async def interrupt_run(request: Request) -> Response:
+        await asyncio.wrap_future(host.loop.interrupt_run(request.path_params["training_id"]))
+        return JSONResponse({})
+
     async def evaluate(request: Request) -> Response:
         asked = await _body(request, EvaluateRequest)
         loop = host.loop
@@ -285,6 +289,7 @@ def make_app(host: Host) -> Starlette:
             Route("/generate", generate, methods=["POST"]),
             Route("/runs", start_run, methods=["POST"]),
             Route("/runs/{training_id}", stop_run, methods=["DELETE"]),
+            Route("/runs/{training_id}/interrupt", interrupt_run, methods=["POST"]),
             Route("/evaluate", evaluate, methods=["POST"]),
             Route("/estimate", estimate, methods=["POST"]),
             Route("/hub/check", check_on_hub, methods=["POST"]),

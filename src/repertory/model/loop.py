@@ -58,6 +58,7 @@ class _Task:
     fail: Callable[[ErrorInfo], None]
     close: Callable[[], None]  # gives it up before its end
     is_midway: Callable[[], bool] = lambda: False  # it holds memory that no other task should need beside its own
+    interrupt: Callable[[], bool] = lambda: False  # asks it to end soon; False: it may as well be given up now
 
 
 class DeviceLoop:
@@ -94,6 +95,12 @@ class DeviceLoop:
         stopped: Future[None] = Future()
         self._inbox.put(lambda: self._stop_run(training_id, stopped))
         return stopped
+
+    def interrupt_run(self, training_id: str) -> Future[None]:
+        """Done once the run knows that it is to end, with a checkpoint. NotFound if there is no such run."""
+        told: Future[None] = Future()
+        self._inbox.put(lambda: self._interrupt_run(training_id, told))
+        return told
 
     def evaluate(self, voice: Voice, request: EvaluateRequest) -> Future[Evaluation]:
         result: Future[Evaluation] = Future()
@@ -221,7 +228,7 @@ class DeviceLoop:
             finally:  # it has stopped, even where closing its files failed
                 tell(RunEvent(kind="cancelled", progress=run.work.progress))
 
-        self._tasks.append(_Task(spec.training_id, step, fail, close, lambda: run.is_midway))
+        self._tasks.append(_Task(spec.training_id, step, fail, close, lambda: run.is_midway, run.interrupt))
 
     def _stop_run(self, training_id: str, stopped: Future[None]) -> None:
         task = next((task for task in self._tasks if task.name == training_id), None)
@@ -234,6 +241,12 @@ class DeviceLoop:
             log.error("a run's files could not be closed", task=task.name, **without_text(error))
         self._let_go(task)
         stopped.set_result(None)
+
+    def _interrupt_run(self, training_id: str, told: Future[None]) -> None:
+        if any(task.interrupt() for task in self._tasks if task.name == training_id):
+            told.set_result(None)
+        else:
+            self._stop_run(training_id, told)
 
     def _start_task(self, work: Generator[None, None, Any], result: Future[Any]) -> None:
         """Until it is done, or until `result` is cancelled because nobody waits for it any more."""

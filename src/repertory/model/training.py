@@ -86,6 +86,8 @@ class TrainingRun:
             enabled=base.dtype is torch.float16,
         )
         self.is_midway = False  # between the forward and the backward pass of a micro-batch, with its activations
+        self._is_learning = False
+        self._is_interrupted = False
         self.overflowed: list[int] = []  # steps, once for each time that they went again with half the scale
         self._story = self._live()
 
@@ -96,6 +98,13 @@ class TrainingRun:
     def close(self) -> None:
         """Stop here; what the run held in memory is let go."""
         self._story.close()
+
+    def interrupt(self) -> bool:
+        """End after the step that is being computed, with a checkpoint. False outside of the steps, where all that a
+        resume can use is saved already.
+        """
+        self._is_interrupted = self._is_learning
+        return self._is_learning
 
     # The run, from beginning to end
 
@@ -109,6 +118,9 @@ class TrainingRun:
         prepared = yield from self._prepare()
         output.mkdir(parents=True, exist_ok=True)
         yield from self._learn(prepared, output)
+        if self._is_interrupted:
+            yield self._event("interrupted")
+            return
         yield self._event("evaluating", phase="proving the voice")
         yield self._completed((yield from self._prove(prepared, output)))
 
@@ -158,7 +170,8 @@ class TrainingRun:
         most_loss = EXPLODED * max(prepared.score_of(story["base_nll"]).mean_nll, math.log(self.base.vocabulary_size))
         yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **prepared.metadata)
         with _tensorboard(output, state.step) as board:
-            while state.step < config.total_steps and not _stops_early(config, story):
+            self._is_learning = True
+            while state.step < config.total_steps and not (self._is_interrupted or _stops_early(config, story)):
                 step = state.step + 1
                 while (outcome := (yield from self._step_if_it_fits(plan, step, state))) is None:
                     yield self._keep_cuts(plan, state, prepared.fingerprint)
@@ -178,9 +191,10 @@ class TrainingRun:
                 if config.is_evaluated_after(step):
                     board.add_scalar("eval/nll", (yield from self._evaluated(prepared)), step)
                 is_last = step == config.total_steps or _stops_early(config, story)
-                if step % config.save_steps == 0 or is_last:
+                if step % config.save_steps == 0 or is_last or self._is_interrupted:
                     Checkpoint.of(state, prepared.fingerprint).write(Path(self.spec.checkpoint_dir))
                     yield self._event("checkpoint", step=step)
+            self._is_learning = False
 
     def _prove(self, prepared: Prepared, output: Path) -> Generator[RunEvent | None, None, dict[str, Any]]:
         """Write the voice, check it, and seal its folder; returns the metadata. Raises JobFailed."""

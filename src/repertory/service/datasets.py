@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FORGET = "forget.json"  # whose words the worker takes from a dataset first
 PREPARED = "prepared"
 PENDING = ".pending"
 FORGOTTEN = ".forgotten"
+ABANDONED_SECONDS = 24 * 3600.0  # a pending folder of that age is of no submit that is still going on
 UPLOADS = "_uploads"  # no organisation's name begins like that
 
 
@@ -43,10 +45,14 @@ class Datasets:
         lines = (conversation.model_dump_json(exclude_defaults=True) for conversation in conversations)
         content = "".join(f"{line}\n" for line in lines).encode()
         pending = self._pending(org_id, training_id)
-        write_durably(pending / CONVERSATIONS, content)
-        write_durably(pending / FINDINGS, json.dumps(findings).encode())
-        for folder in (pending.parent, self._root):
-            sync_folder(folder)
+        try:
+            write_durably(pending / CONVERSATIONS, content)
+            write_durably(pending / FINDINGS, json.dumps(findings).encode())
+            for folder in (pending.parent, self._root):
+                sync_folder(folder)
+        except OSError:  # no half file stays on a disk that is full
+            shutil.rmtree(pending, ignore_errors=True)
+            raise
 
     def findings(self, org_id: str, training_id: str) -> dict[str, Any] | None:
         """About the conversations that a job brought; None where it brought none."""
@@ -155,14 +161,16 @@ class Datasets:
         """Where the conversations of an accepted job lie, whether or not its submit came to its end."""
         return self.settle(org_id, training_id) / CONVERSATIONS
 
-    def sweep(self, kind: str, is_accepted: Callable[[str], bool]) -> int:
+    def sweep(self, kind: str, is_accepted: Callable[[str], bool], *, is_alone: bool) -> int:
         """Remove what submits that never came to an answer have left, of the names that begin with `kind`.
 
+        Where other services may be writing here, what is younger than a day may be a submit in progress, and stays.
         Returns how many folders that were.
         """
         swept = 0
         for pending in self._root.glob(f"*/{kind}*{PENDING}"):
-            if not is_accepted(pending.name.removesuffix(PENDING)):
+            is_old = is_alone or time.time() - pending.stat().st_mtime > ABANDONED_SECONDS
+            if is_old and not is_accepted(pending.name.removesuffix(PENDING)):
                 shutil.rmtree(pending)
                 swept += 1
         return swept

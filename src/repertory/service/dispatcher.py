@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
 import structlog
 
 from repertory.contracts import BaseKey, RunSpec
-from repertory.errors import ErrorInfo, RepertoryError, Unavailable
+from repertory.errors import ErrorInfo, NotFound, RepertoryError, Unavailable
 from repertory.logs import without_text
 from repertory.service.datasets import Datasets
+from repertory.service.heartbeats import HEARTBEAT_SECONDS, Heartbeats
 from repertory.service.hosts import Host, Hosts
-from repertory.service.jobs import Job, Jobs
+from repertory.service.jobs import KIND, Job, Jobs, Pulse
 from repertory.service.lease import Lease
 from repertory.service.models import Models
 from repertory.service.run import Run
-from repertory.service.store import Store
+from repertory.service.store import NOT_NOW, Store, reason
 from repertory.settings import Settings
 
 log = structlog.get_logger()
@@ -26,6 +29,7 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.5  # between two looks at the queue; a submit and the end of a run wake it earlier
 CANCEL_SECONDS = 60.0
 CANCEL_LOOK_SECONDS = 0.05
+INTERRUPT_SECONDS = 10.0  # for the step that a run is at, and its checkpoint, when the service stops
 
 
 class Dispatcher:
@@ -41,35 +45,52 @@ class Dispatcher:
         self._owner = secrets.token_hex(8)  # of the leases of this process
         self._runs: dict[str, Run] = {}
         self._threads: dict[str, threading.Thread] = {}
-        self._running_on: dict[BaseKey, int] = {}
-        self._lock = threading.Lock()  # guards the three above
+        self._lock = threading.Lock()  # guards the two above
         self._stopping = threading.Event()
+        self._ended = threading.Event()
         self._woken = threading.Event()
-        self._thread = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
+        self._queue_thread = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
+        self._lease_thread = threading.Thread(target=self._keep_leases, name="leases", daemon=True)
 
     def start(self) -> None:
-        for training_id in self._jobs.recover(self._owner):
-            log.info("job requeued, its service process is gone", training_id=training_id)
-        self._thread.start()
+        is_alone = not self._store.is_shared
+        if is_alone:
+            for job in self._jobs.recover():
+                log.info("job taken back, its service process is gone", training_id=job.id, status=job.status)
+        self._jobs.sweep(is_alone=is_alone)
+        self._sweep_checkpoints()
+        self._queue_thread.start()
+        self._lease_thread.start()
 
     def wake(self) -> None:
         """There may be something to start."""
         self._woken.set()
 
     def stop(self) -> None:
-        """Start nothing more. What runs goes on until its host ends; `join` waits for that."""
+        """Start nothing more, and let every run end at a checkpoint. Those that take too long end with their hosts;
+        `join` waits for that.
+        """
         self._stopping.set()
         self._woken.set()
-        self._thread.join()
+        self._queue_thread.join()
+        with self._lock:
+            runs, threads = list(self._runs.values()), list(self._threads.values())
+        for run in runs:
+            run.interrupt()
+        deadline = monotonic() + INTERRUPT_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - monotonic()))
 
     def join(self) -> None:
         with self._lock:
             threads = list(self._threads.values())
         for thread in threads:
             thread.join()
+        self._ended.set()
+        self._lease_thread.join()
 
     def cancel(self, training_id: str) -> Job:
-        """Returns when the job is cancelled and its run has really stopped.
+        """Returns when the job is cancelled and its run has really stopped, whichever service process runs it.
 
         Raises Conflict if it has completed or failed, also in the meantime, and Unavailable if it takes too long.
         """
@@ -84,11 +105,37 @@ class Dispatcher:
                 run.stop()
             # The host has stopped it, or has not seen it yet; either way its thread has the next word.
             if self._stopping.wait(CANCEL_LOOK_SECONDS):
-                raise Unavailable(
-                    "The service is stopping; the job is cancelled at its next start.", code="shutting_down"
-                )
-            job = self._jobs.cancel(training_id)
-        return job
+                raise Unavailable("The service is stopping; the job will be cancelled.", code="shutting_down")
+            job = self._jobs.get(training_id)
+        self._discard_checkpoints(job)
+        return self._jobs.cancel(training_id)  # raises where it has come to another end
+
+    # The leases' thread
+
+    def _keep_leases(self) -> None:
+        """Those of our runs are kept alive; those whose holders are gone are taken back."""
+        heartbeats = Heartbeats()
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            try:
+                with self._lock:
+                    runs = list(self._runs.values())
+                for run in runs:
+                    run.beat()
+                for pulse in heartbeats.lapsed(self._jobs.pulses()):
+                    self._take_back(pulse)
+            except NOT_NOW as error:
+                log.error("no heartbeat, the database does not answer", reason=reason(error))
+            except Exception as error:  # a mistake of ours; without this thread every lease would lapse
+                log.error("a look at the leases failed", **without_text(error))
+
+    def _take_back(self, pulse: Pulse) -> None:
+        job = self._jobs.take_back(pulse, "the service that ran it was lost")
+        if job is not None:
+            log.warning("job taken back, its heart stopped", training_id=job.id, owner=pulse.lease_owner)
+            self._discard_checkpoints(job)
+            self.wake()
+
+    # The queue's thread
 
     def _dispatch(self) -> None:
         while not self._stopping.is_set():
@@ -106,24 +153,28 @@ class Dispatcher:
         return any(self._start(job) for job in self._jobs.queue())
 
     def _start(self, job: Job) -> bool:
+        host: Host | None = None
         try:
             key = self._hosts.key(job.base_model, job.config.hyperparameters)
             if self._is_full(key):
                 raise Unavailable("Other trainings run on this base model, as many as MAX_CONCURRENT_TRAININGS allows.")
-            host = self._hosts.acquire(key)
-        except Unavailable as reason:
-            self._jobs.wait(job, reason.message)
+            if not self._hosts.is_downloading(key):  # else the run itself waits for it: the job is being prepared
+                host = self._hosts.acquire(key)
+        except Unavailable as not_now:
+            self._jobs.wait(job, not_now.message)
             return False
         except RepertoryError as error:
             log.error("job failed before it began", training_id=job.id, code=error.code)
             self._jobs.fail_queued(job.id, error.info)
+            self._discard_checkpoints(self._jobs.get(job.id))
             return False
-        key = host.key or key  # with the commit that it has turned out to mean
+        if host is not None:
+            key = host.key or key  # with the commit that it has turned out to mean
         claimed: Job | None = None
         try:
             claimed = self._jobs.claim(job.id, self._owner, key.name)
         finally:
-            if claimed is None:
+            if claimed is None and host is not None:
                 self._hosts.release(host)
         if claimed is None:
             return False
@@ -132,38 +183,33 @@ class Dispatcher:
 
     def _is_full(self, key: BaseKey) -> bool:
         with self._lock:
-            return self._running_on.get(key, 0) >= self._settings.max_concurrent_trainings
+            running = sum(run.key == key for run in self._runs.values())
+        return running >= self._settings.max_concurrent_trainings
 
-    def _run(self, job: Job, key: BaseKey, host: Host) -> None:
-        log.info("run starts", training_id=job.id, org_id=job.org_id, host=host.name, attempt=job.attempts + 1)
+    def _run(self, job: Job, key: BaseKey, host: Host | None) -> None:
+        log.info("run starts", training_id=job.id, org_id=job.org_id, epoch=job.lease_epoch, attempt=job.attempts + 1)
         lease = Lease(self._store, job)
         run = Run(job, key, host, self._hosts, lease, self._stopping)
-        thread = threading.Thread(
-            target=self._follow, args=(job, key, host, run, lease), name=f"run-{job.id}", daemon=True
-        )
+        thread = threading.Thread(target=self._follow, args=(job, run, lease), name=f"run-{job.id}", daemon=True)
         with self._lock:
             self._runs[job.id] = run
             self._threads[job.id] = thread
-            self._running_on[key] = self._running_on.get(key, 0) + 1
         thread.start()
 
-    def _follow(self, job: Job, key: BaseKey, host: Host, run: Run, lease: Lease) -> None:
+    def _follow(self, job: Job, run: Run, lease: Lease) -> None:
         """In the run's own thread."""
         try:
-            run.follow(self._spec(job, key))
-        except RepertoryError as refusal:  # the version to go on from is gone or damaged
-            lease.fail(refusal.info)
+            run.follow(lambda key: self._spec(job, key))
         except Exception as error:
             # A mistake of ours, or no disk. The job must not stay active without anybody running it.
             log.error("run ended by the service's fault", training_id=job.id, **without_text(error))
             if not self._stopping.is_set():
                 lease.fail(_our_mistake(error))
         finally:
-            self._hosts.release(host)
             with self._lock:
                 del self._runs[job.id], self._threads[job.id]
-                self._running_on[key] -= 1
             self.wake()
+        self._discard_checkpoints(self._jobs.get(job.id))
 
     def _spec(self, job: Job, key: BaseKey) -> RunSpec:
         current = self._models.promoted(job.org_id)
@@ -184,8 +230,20 @@ class Dispatcher:
             publish_anyway=config.publish_anyway,
         )
 
+    # Checkpoints: those of a job that has ended are of no more use, whichever way it has ended
+
     def _checkpoints(self, job: Job) -> Path:
         return self._settings.checkpoint_dir / job.org_id / job.id
+
+    def _discard_checkpoints(self, job: Job) -> None:
+        if job.is_terminal:
+            shutil.rmtree(self._checkpoints(job), ignore_errors=True)  # what stays is swept at the next start
+
+    def _sweep_checkpoints(self) -> None:
+        """Of jobs that ended without anybody to clear up. Folders that no job here knows are not ours to remove."""
+        for folder in self._settings.checkpoint_dir.glob(f"*/{KIND}*"):
+            with suppress(NotFound):
+                self._discard_checkpoints(self._jobs.get(folder.name))
 
 
 def _our_mistake(error: Exception) -> ErrorInfo:

@@ -30,7 +30,7 @@ from contextlib import closing
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -60,7 +60,14 @@ from repertory.contracts import (
 )
 from repertory.data.imports import TokenReport
 from repertory.data.prepare import read_conversations, with_system
-from repertory.errors import BaseModelUnavailable, ErrorInfo, InsufficientMemory, JobFailed, RepertoryError
+from repertory.errors import (
+    BaseModelUnavailable,
+    ErrorInfo,
+    InsufficientMemory,
+    JobFailed,
+    RepertoryError,
+    StorageFailed,
+)
 from repertory.lifeline import end_with_service
 from repertory.settings import settings
 
@@ -83,6 +90,7 @@ class FakeHost:
         self.health = HostHealth(state="loading", phase="reading weights", device=DEVICE)
         self.adapters: dict[str, AdapterRef] = {}
         self.stops: dict[str, threading.Event] = {}  # of the runs in progress
+        self.interrupted: set[str] = set()  # of them, those that are to end with a checkpoint
         self.running = 0
         self.changed = threading.Condition()
 
@@ -143,6 +151,7 @@ class FakeHost:
         finally:
             with self.changed:
                 del self.stops[spec.training_id]
+                self.interrupted.discard(spec.training_id)
                 self.changed.notify_all()
 
     def stop_run(self, training_id: str) -> bool:
@@ -153,6 +162,14 @@ class FakeHost:
             stop.set()
             self.changed.wait_for(lambda: training_id not in self.stops)
         return True
+
+    def interrupt_run(self, training_id: str) -> bool:
+        with self.changed:
+            stop = self.stops.get(training_id)
+            if stop is not None:
+                self.interrupted.add(training_id)
+                stop.set()
+        return stop is not None
 
     def evaluate(self, request: EvaluateRequest) -> Evaluation:
         given = request.conversations is not None
@@ -261,7 +278,12 @@ class FakeHost:
         for step in range(done + 1, STEPS + 1):
             time.sleep(STEP_SECONDS)
             if stop.is_set():
-                yield RunEvent(kind="cancelled", progress=(step - 1) / (STEPS + 1))
+                kind: Literal["cancelled", "interrupted"] = "cancelled"
+                if spec.training_id in self.interrupted:
+                    kind = "interrupted"
+                    if step > 1:
+                        yield self._checkpoint(checkpoints, step - 1)
+                yield RunEvent(kind=kind, progress=(step - 1) / (STEPS + 1))
                 return
             self._misbehave(step, resumed=bool(done))
             yield RunEvent(
@@ -279,8 +301,7 @@ class FakeHost:
                 },
             )
             if step % STEPS_PER_CHECKPOINT == 0:
-                self._write(checkpoints / f"checkpoint-{step}", {"state.json": b"{}"})
-                yield RunEvent(kind="checkpoint", progress=step / (STEPS + 1), data={"step": step})
+                yield self._checkpoint(checkpoints, step)
         yield RunEvent(kind="evaluating", progress=STEPS / (STEPS + 1), data={"phase": "measuring the voice"})
         first = read_conversations(Path(spec.conversations_path))[0].messages
         asked = [message.content for message in first if message.role == "user"]
@@ -297,6 +318,10 @@ class FakeHost:
         if self.base_model.endswith("damaged"):
             (output / "adapter_model.safetensors").write_bytes(b"not what was there")
         yield RunEvent(kind="completed", progress=1.0, data={"base_model": spec.base_model, "report": report})
+
+    def _checkpoint(self, folder: Path, step: int) -> RunEvent:
+        self._write(folder / f"checkpoint-{step}", {"state.json": b"{}"})
+        return RunEvent(kind="checkpoint", progress=step / (STEPS + 1), data={"step": step})
 
     def _misbehave(self, step: int, *, resumed: bool) -> None:
         if self.base_model.endswith("crash") and step == 3:
@@ -369,6 +394,9 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(host.preview(PreviewRequest.model_validate_json(body)))
             case "/tokens":
                 self._answer(host.tokens(TokensRequest.model_validate_json(body)))
+            case path if path.endswith("/interrupt"):
+                was_there = host.interrupt_run(path.split("/")[2])
+                self._answer(None, status=200 if was_there else 404)
             case "/adapters/load":
                 adapter = AdapterRef.model_validate_json(body)
                 host.adapters[adapter.training_id] = adapter
@@ -395,6 +423,8 @@ class Handler(BaseHTTPRequestHandler):
             yield from self.server.host.run(spec)
         except RepertoryError as error:
             yield RunEvent(kind="failed", progress=0.0, error=error.info)
+        except OSError as error:  # of the disk; a caller that hung up is noticed where the story is written to
+            yield RunEvent(kind="failed", progress=0.0, error=StorageFailed.of(error).info)
 
     def _answer(self, body: BaseModel | None, status: int = 200) -> None:
         content = b"{}" if body is None else body.model_dump_json().encode()

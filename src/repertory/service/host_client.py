@@ -87,6 +87,14 @@ class HostClient:
         except httpx.TransportError as error:
             raise HostLost(error) from error
 
+    def interrupt_run(self, training_id: str) -> None:
+        """Let it end after the step that it is at, with a checkpoint. Returns at once. Raises HostLost."""
+        try:
+            with self._client(STOP_SECONDS) as client:
+                client.post(f"/runs/{training_id}/interrupt")
+        except httpx.TransportError as error:
+            raise HostLost(error) from error
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         """The reply, piece by piece; the last piece has a finish_reason. Closing the iterator stops the sequence."""
         try:

@@ -7,13 +7,14 @@ that has been idle for longest, or waits until one is.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Literal, TextIO
 
 import structlog
 
@@ -36,6 +37,7 @@ FAILURE_REMEMBERED_SECONDS = 30.0
 INTEREST_SECONDS = 30.0  # a host waits for memory only while somebody asks for it this often
 RETRY_SECONDS = 2.0
 DOWNLOAD_INTEREST_SECONDS = 8.0  # a download goes on only while somebody asks for it this often
+LOCK = "lock"  # held by the process whose folder it is
 MAX_SOCKET_FOLDER_BYTES = 80  # a Unix socket's path has at most 107
 
 
@@ -78,7 +80,7 @@ class Failure:
 class Hosts:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._folder = _private_folder()
+        self._folder, self._folder_lock = _private_folder()
         self._changed = threading.Condition()  # guards all that follows, and tells when a host becomes idle or ends
         self._hosts: list[Host] = []
         self._failures: dict[BaseKey | None, Failure] = {}
@@ -101,6 +103,7 @@ class Hosts:
         for host in hosts:
             _wait_for_end(host)
         shutil.rmtree(self._folder)
+        self._folder_lock.close()
 
     # What callers want to know and have
 
@@ -191,6 +194,12 @@ class Hosts:
         with self._changed:
             found = {host.base_model: host.health.download for host in self._hosts}
         return {name: download for name, download in found.items() if download is not None}
+
+    def is_downloading(self, key: BaseKey) -> bool:
+        """Whether the host with this key is fetching its base model now."""
+        with self._changed:
+            host = self._find(self._catalogue.pinned(key))
+            return host is not None and host.health.download is not None
 
     def loaded_adapters(self) -> set[str]:
         """Training ids of the adapters in any host's memory."""
@@ -410,8 +419,26 @@ def _loading(message: str) -> Unavailable:
     return Unavailable(message, code="model_loading", retry_after_seconds=RETRY_SECONDS)
 
 
-def _private_folder() -> Path:
-    """Of this process alone, so that nothing of an earlier one is in the way."""
+def _private_folder() -> tuple[Path, TextIO]:
+    """Of this process alone, so that nothing of an earlier one is in the way, and the lock that says that it lives.
+
+    What killed processes have left is removed. Theirs are the folders whose lock is free: it goes with its process.
+    """
     root = tempfile.gettempdir()
     short_enough = len(root.encode()) <= MAX_SOCKET_FOLDER_BYTES - len("/repertory-12345678")
-    return Path(tempfile.mkdtemp(prefix="repertory-", dir=root if short_enough else "/tmp"))
+    root = root if short_enough else "/tmp"
+    for folder in Path(root).glob("repertory-*"):
+        _remove_if_abandoned(folder)
+    made = Path(tempfile.mkdtemp(prefix=".repertory-", dir=root))
+    lock = (made / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(made.with_name(made.name.removeprefix("."))), lock  # only a locked one is ever seen
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    try:
+        with (folder / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+    except OSError:  # it lives, it is somebody else's, or it is no folder of ours
+        return

@@ -122,7 +122,7 @@ class Imports:
         cut_off = [dataset_id for dataset_id, folder in settled if (folder / FORGET).exists()]
         with self._store.write() as connection:
             connection.execute(update(datasets).where(datasets.c.id.in_(cut_off)).values(status=Status.QUEUED))
-        self._files.sweep(KIND, {row.id for row in accepted}.__contains__)
+        self._files.sweep(KIND, {row.id for row in accepted}.__contains__, is_alone=not self._store.is_shared)
         for thread in self._threads:
             thread.start()
 

@@ -2,9 +2,10 @@
 
     queued ─> preparing ─> running ─> evaluating ─> completed
        ^          └───────────┴────────────┴──────> failed | cancelled
-       └── requeued when the host or the service died
+       └── requeued when the host or the service ended
 
-Between `claim` and its end, a job's row is written only through its `Lease`.
+Between `claim` and its end, a job's row is written only through its `Lease`, or by whoever finds that the lease has
+lapsed. `enter` is the one place where a status changes: along these arrows, with one event.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -43,6 +45,17 @@ class Status(StrEnum):
 
 ACTIVE = (Status.PREPARING, Status.RUNNING, Status.EVALUATING)  # some process holds the lease
 TERMINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)  # never left again
+COMES_FROM: Mapping[Status, tuple[Status, ...]] = MappingProxyType(
+    {
+        Status.QUEUED: ACTIVE,  # or from nowhere: a new job
+        Status.PREPARING: (Status.QUEUED,),
+        Status.RUNNING: (Status.PREPARING,),
+        Status.EVALUATING: (Status.PREPARING, Status.RUNNING),
+        Status.COMPLETED: ACTIVE,
+        Status.FAILED: (Status.QUEUED, *ACTIVE),
+        Status.CANCELLED: (Status.QUEUED, *ACTIVE),
+    }
+)
 
 
 class JobConfig(BaseModel):
@@ -116,6 +129,26 @@ class Submission:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """What happened to a job: a transition, or a warning."""
+
+    seq: int  # 1, 2, 3 … within the job
+    at: datetime
+    kind: str  # the status entered, or "warning"
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """A sign of life of an active job. Whoever holds its lease makes `heartbeat` grow."""
+
+    job_id: str
+    lease_owner: str
+    lease_epoch: int
+    heartbeat: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Accepted:
     job: Job
     is_replay: bool  # an earlier request with the same idempotency key had made it
@@ -142,7 +175,7 @@ class Jobs:
             with self._store.write() as connection:
                 ensure_organisation(connection, submission.org_id)
                 _insert_job(connection, job_id, submission)
-                enter(connection, job_id, Status.QUEUED)
+                tell(connection, job_id, Status.QUEUED, {})
         except IntegrityError:
             self._datasets.discard_pending(submission.org_id, job_id)
             earlier = self.earlier(*about)  # the same request came twice at once, and the other one was faster
@@ -167,6 +200,13 @@ class Jobs:
     def exists(self, job_id: str) -> bool:
         with self._store.read() as connection:
             return connection.execute(select(jobs.c.id).where(jobs.c.id == job_id)).one_or_none() is not None
+
+    def events(self, job_id: str, after: int = 0) -> list[JobEvent]:
+        """Those with a greater `seq`, in order."""
+        later = select(job_events).where(job_events.c.job_id == job_id, job_events.c.seq > after)
+        with self._store.read() as connection:
+            rows = connection.execute(later.order_by(job_events.c.seq)).all()
+        return [JobEvent(seq=row.seq, at=row.at, kind=row.kind, data=row.data) for row in rows]
 
     def of_organisation(self, org_id: str) -> list[Job]:
         """Newest first."""
@@ -204,7 +244,7 @@ class Jobs:
                 .values(
                     lease_epoch=jobs.c.lease_epoch + 1,
                     lease_owner=owner,
-                    heartbeat_at=now(),
+                    heartbeat=jobs.c.heartbeat + 1,
                     waiting_for=None,
                     base_model=func.coalesce(base_model, jobs.c.base_model),
                 )
@@ -232,7 +272,7 @@ class Jobs:
         with self._store.write() as connection:
             queued = select(jobs.c.id).where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED).with_for_update()
             if connection.execute(queued).one_or_none() is not None:
-                enter(connection, job_id, Status.FAILED, error=error.model_dump(mode="json"))
+                fail(connection, job_id, error)
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a queued job at once; of an active one, ask that its run be stopped.
@@ -255,22 +295,44 @@ class Jobs:
             )
         return job
 
-    def recover(self, owner: str) -> list[str]:
-        """At start: put the jobs of processes that are gone back into the queue. Returns their ids.
+    def pulses(self) -> list[Pulse]:
+        """Of all active jobs, whoever runs them."""
+        active = select(jobs.c.id, jobs.c.lease_owner, jobs.c.lease_epoch, jobs.c.heartbeat)
+        with self._store.read() as connection:
+            rows = connection.execute(active.where(jobs.c.status.in_(ACTIVE))).all()
+        return [
+            Pulse(job_id=id, lease_owner=owner, lease_epoch=epoch, heartbeat=beat) for id, owner, epoch, beat in rows
+        ]
 
-        Only for a process that knows it is alone on the database.
+    def take_back(self, last: Pulse, reason: str) -> Job | None:
+        """End the lease of a job whose heart has not beaten since `last`: back into the queue, or cancelled if that
+        was asked for. No attempt is burnt: the job is not to blame. None if it has beaten.
         """
         with self._store.write() as connection:
-            orphans = connection.execute(
-                select(jobs).where(jobs.c.status.in_(ACTIVE), jobs.c.lease_owner != owner).with_for_update()
-            ).all()
-            for orphan in orphans:
-                if orphan.cancel_requested:
-                    enter(connection, orphan.id, Status.CANCELLED)
-                else:
-                    requeue(connection, orphan.id, "the service was restarted")
-        self._datasets.sweep(KIND, self.exists)
-        return [orphan.id for orphan in orphans]
+            same = (jobs.c.lease_epoch == last.lease_epoch) & (jobs.c.heartbeat == last.heartbeat)
+            lapsed = select(jobs).where(jobs.c.id == last.job_id, same, jobs.c.status.in_(ACTIVE)).with_for_update()
+            row = connection.execute(lapsed).one_or_none()
+            if row is None:
+                return None
+            if row.cancel_requested:
+                enter(connection, row.id, Status.CANCELLED, note={"reason": reason})
+            else:
+                requeue(connection, row.id, reason)
+        return self.get(last.job_id)
+
+    def sweep(self, *, is_alone: bool) -> int:
+        """Remove what submits that never came to an answer have left on disk. Returns how many those were."""
+        return self._datasets.sweep(KIND, self.exists, is_alone=is_alone)
+
+    def recover(self) -> list[Job]:
+        """At start, by a process that is alone on the database: every lease is of a process that is gone."""
+        reason = "the service was restarted"
+        return [job for pulse in self.pulses() if (job := self.take_back(pulse, reason)) is not None]
+
+    def ended(self) -> list[Job]:
+        """Those that nothing can go on with."""
+        with self._store.read() as connection:
+            return [Job.from_row(row) for row in connection.execute(select(jobs).where(jobs.c.status.in_(TERMINAL)))]
 
     def earlier(self, org_id: str, idempotency_key: str | None, request_hash: str) -> Accepted | None:
         """The job that an earlier request with the same idempotency key has made.
@@ -298,11 +360,22 @@ class Jobs:
 def enter(
     connection: Connection, job_id: str, status: Status, *, note: dict[str, Any] | None = None, **values: Any
 ) -> None:
-    """One transition: the row and its event, in one transaction. Whoever calls holds the row and knows it may."""
+    """One transition: the row and its event, in one transaction. Whoever calls holds the row.
+
+    Raises RuntimeError, and so takes the whole transaction back, where no arrow leads from the present status there.
+    """
     if status in TERMINAL:
         values |= {"completed_at": now(), "lease_owner": None, "waiting_for": None}
-    connection.execute(update(jobs).where(jobs.c.id == job_id).values(status=status, **values))
+    may_leave = jobs.c.status.in_(COMES_FROM[status])
+    entered = connection.execute(update(jobs).where(jobs.c.id == job_id, may_leave).values(status=status, **values))
+    if entered.rowcount != 1:
+        raise RuntimeError(f"{job_id} cannot become {status}")
     tell(connection, job_id, status, note or {})
+
+
+def fail(connection: Connection, job_id: str, error: ErrorInfo, **values: Any) -> None:
+    about = error.model_dump(mode="json")
+    enter(connection, job_id, Status.FAILED, note={"code": error.code, "message": error.message}, error=about, **values)
 
 
 def requeue(connection: Connection, job_id: str, reason: str, **values: Any) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, insert, update
 
 from repertory.contracts import BaseKey, RunEvent
 from repertory.errors import ErrorInfo
-from repertory.service.jobs import ACTIVE, Job, Status, enter, requeue, tell
+from repertory.service.jobs import ACTIVE, Job, Status, enter, fail, requeue, tell
 from repertory.service.store import Store, jobs, metrics, model_versions, now, organisations
 
 MAX_LOST_HOSTS = 3  # without a new checkpoint in between; then it is the job that kills them
@@ -98,13 +98,13 @@ class Lease:
 
     def fail(self, error: ErrorInfo) -> None:
         with self._held() as (connection, job):
-            _end(connection, job, Status.FAILED, error=error.model_dump(mode="json"))
+            fail(connection, job.id, error, metadata=_settled(job.metadata))
 
     def host_lost(self, reason: str) -> None:
         """The run is gone without an end: the job goes back into the queue and will resume, unless it is hopeless."""
         with self._held() as (connection, job):
             if job.cancel_requested:
-                _end(connection, job, Status.CANCELLED)
+                _cancelled(connection, job)
             elif job.attempts + 1 >= MAX_LOST_HOSTS:
                 error = ErrorInfo(
                     code="host_crashed",
@@ -112,18 +112,36 @@ class Lease:
                     cure="Probably memory ran out: lower BATCH_SIZE or MAX_SEQ_LENGTH, set USE_4BIT=true or choose"
                     " a smaller base model. The service log shows the host's last words.",
                 )
-                _end(connection, job, Status.FAILED, error=error.model_dump(mode="json"))
+                fail(connection, job.id, error, metadata=_settled(job.metadata))
             else:
                 requeue(connection, job.id, reason, attempts=job.attempts + 1)
 
+    def give_back(self, reason: str) -> None:
+        """The run was interrupted and keeps its checkpoint; it is not to blame."""
+        with self._held() as (connection, job):
+            if job.cancel_requested:
+                _cancelled(connection, job)
+            else:
+                requeue(connection, job.id, reason)
+
+    def pin(self, base_model: str) -> None:
+        """The commit has become known; a run that is resumed is on the same weights."""
+        with self._held() as (connection, job):
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(base_model=base_model))
+
+    def beat(self) -> Job:
+        """A sign of life. Returns the job as it now is: somebody may want it cancelled."""
+        with self._held() as (_, job):
+            return job
+
     @contextmanager
     def _held(self) -> Iterator[tuple[Connection, Job]]:
-        """A transaction that holds the job's row, or LeaseLost. Each is a sign of life."""
+        """A transaction that holds the job's row, or LeaseLost."""
         with self._store.write() as connection:
             row = connection.execute(
                 update(jobs)
                 .where(jobs.c.id == self._job_id, jobs.c.lease_epoch == self._epoch, jobs.c.status.in_(ACTIVE))
-                .values(heartbeat=jobs.c.heartbeat + 1, heartbeat_at=now())
+                .values(heartbeat=jobs.c.heartbeat + 1)
                 .returning(jobs)
             ).one_or_none()
             if row is None:
@@ -131,8 +149,8 @@ class Lease:
             yield connection, Job.from_row(row)
 
 
-def _end(connection: Connection, job: Job, status: Status, **values: Any) -> None:
-    enter(connection, job.id, status, metadata=_settled(job.metadata), **values)
+def _cancelled(connection: Connection, job: Job) -> None:
+    enter(connection, job.id, Status.CANCELLED, metadata=_settled(job.metadata))
 
 
 def _settled(metadata: dict[str, Any]) -> dict[str, Any]:

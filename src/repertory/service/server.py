@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 import sys
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -51,7 +53,7 @@ def serve() -> int:
             refused = StorageFailed.of(error)
             return _say_no(f"{refused.message}. {refused.cure}")
         log.info("listening", url=f"http://{present.host}:{listener.getsockname()[1]}")
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -66,6 +68,15 @@ def serve() -> int:
             signal.signal(number, lambda *_: None)
         server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets requests end and runs write a checkpoint; the second ends all at once."""
+        if self.should_exit:
+            os._exit(128 + sig)  # hosts end with us
+        log.info("told to stop", signal=signal.Signals(sig).name)
+        super().handle_exit(sig, frame)
 
 
 def _listen(present: Settings) -> socket.socket:

@@ -40,7 +40,7 @@ class Service:
         self.imports.start()
 
     def stop(self) -> None:
-        """Jobs that run now stay as they are; the next start resumes them from their checkpoints."""
+        """Jobs that run now write a checkpoint and go back into the queue; the next start goes on with them."""
         self.imports.stop()
         self.dispatcher.stop()
         self.hosts.stop()

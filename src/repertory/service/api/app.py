@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from repertory.data.imports import ImportOptions
-from repertory.service.api import datasets, errors, inference, openai, training
+from repertory.service.api import datasets, errors, events, inference, openai, training
 from repertory.service.api.datasets import NewDataset
 from repertory.service.api.deps import authenticated, strict_query
 from repertory.service.api.envelope import Envelope
@@ -58,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     guarded = [Depends(authenticated), Depends(strict_query)]
-    for router in (training.router, datasets.router, inference.router):
+    for router in (training.router, events.router, datasets.router, inference.router):
         app.include_router(router, prefix=PREFIX, dependencies=guarded)
     app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=guarded)
     app.include_router(inference.health_router, prefix=PREFIX, dependencies=[Depends(strict_query)])

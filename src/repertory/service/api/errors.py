@@ -9,6 +9,7 @@ it may be private, and it may be something that JSON cannot say.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from starlette.requests import ClientDisconnect
 from repertory.contracts import Hyperparameters
 from repertory.data.findings import CODES, Findings, findings_of
 from repertory.errors import ErrorInfo, InvalidInput, RepertoryError, Unavailable
+from repertory.logs import without_text
 from repertory.service.store import NOT_NOW, reason
 
 log = structlog.get_logger()
@@ -81,6 +83,14 @@ def install(app: FastAPI) -> None:
 
     for kind in NOT_NOW:
         app.add_exception_handler(kind, storage)
+
+    @app.exception_handler(OSError)
+    async def no_room(request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        log.error("a disk is full", **without_text(error))
+        full = ApiError(507, "storage_full", "A disk of the service is full.", "Make room, and send it again.")
+        return await known(request, full)
 
     @app.exception_handler(DataError)
     async def nothing_to_store(request: Request, _error: DataError) -> Response:

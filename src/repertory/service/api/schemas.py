@@ -98,6 +98,18 @@ class TrainingCancelled(BaseModel):
     training_id: str
 
 
+class TrainingEvent(BaseModel):
+    seq: int  # 1, 2, 3 … within the job
+    at: datetime
+    kind: str  # the status entered, or "warning"
+    data: dict[str, Any]
+
+
+class TrainingEvents(BaseModel):
+    training_id: str
+    events: list[TrainingEvent]
+
+
 class EvaluateModel(Request):
     org_id: OrgId
     model_id: str = "latest"

@@ -110,7 +110,7 @@ def findings(service: ServiceDep, caller: MayRead, training_id: str) -> Training
 @router.get("/status/{training_id}")
 def status(service: ServiceDep, caller: MayRead, training_id: str) -> TrainingStatus:
     job = service.jobs.get(training_id, caller.org_id)
-    if job.status != Status.QUEUED:
+    if job.status not in (Status.QUEUED, Status.PREPARING):
         return _status(job)
     return _status(job, service.jobs.queue_positions(), service.hosts.downloads())
 
@@ -306,9 +306,9 @@ def _status(
     metadata = dict(job.metadata)
     if job.id in queue_positions:
         metadata["queue_position"] = queue_positions[job.id]
-        if job.base_model in downloads:
-            download = downloads[job.base_model]
-            metadata["download"] = download.model_dump() | {"percent": download.percent}
+    if job.status in (Status.QUEUED, Status.PREPARING) and job.base_model in downloads:
+        download = downloads[job.base_model]
+        metadata["download"] = download.model_dump() | {"percent": download.percent}
     if job.waiting_for is not None:
         metadata["waiting_for"] = job.waiting_for
     return TrainingStatus(
