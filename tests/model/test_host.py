@@ -34,6 +34,7 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
     return "".join(chunk.get("text", "") for chunk in chunks)
 
 
+@pytest.mark.fault("F8")
 def test_a_model_cache_that_cannot_be_is_the_hosts_error_with_its_cure(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +118,7 @@ def test_a_run_that_nobody_follows_any_more_stops(host: RunningHost, make_spec: 
     eventually(lambda: host.health()["runs"] == [])
 
 
+@pytest.mark.fault("F27")
 def test_a_reader_who_goes_away_frees_the_row(host: RunningHost) -> None:
     endless = request(None, max_tokens=900, temperature=1.0, seed=1)
     with host.client.stream("POST", "/generate", json=endless):
@@ -131,6 +133,7 @@ def test_a_run_of_which_one_step_fails_says_why_and_the_host_goes_on(host: Runni
     assert text_of(host.generate(None))
 
 
+@pytest.mark.fault("F10")
 def test_a_damaged_adapter_is_an_error_for_that_voice_alone(
     host: RunningHost, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_base_model_that_cannot_be_had_fails_with_its_name_the_reason_and_the_
     assert "MODEL_CACHE_DIR" in error["cure"]
 
 
+@pytest.mark.fault("F19")
 def test_no_host_outlives_its_service(cache: Path, tmp_path: Path) -> None:
     """The service is killed without a chance to close the control pipe: the kernel takes the host with it."""
     with tempfile.TemporaryDirectory() as folder:

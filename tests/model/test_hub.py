@@ -221,6 +221,7 @@ def test_a_token_that_the_hub_does_not_know_is_named_as_the_reason(hub: FakeHub,
 # A hub that is unreachable, slow, out of order, or cuts
 
 
+@pytest.mark.fault("F35")
 def test_an_unreachable_hub_says_how_to_go_without(hub: FakeHub, cache: Path) -> None:
     error = refusal(settings_for(hub, cache, hf_endpoint=unreachable_url()))
     assert error.code == "base_model_unavailable"
@@ -236,6 +237,7 @@ def test_offline_asks_nobody(hub: FakeHub, cache: Path, single: Path) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.fault("F35")
 def test_a_cut_download_goes_on_where_it_was_cut(hub: FakeHub, cache: Path, single: Path) -> None:
     hub.add(NAME, single)
     hub.cut_after, hub.cuts = 100_000, 1
@@ -266,6 +268,7 @@ def test_a_hub_that_cuts_for_ever_ends_in_an_error_and_what_came_is_kept(
     assert "bytes=50-" in [seen.range for seen in hub.downloads(SINGLE)]
 
 
+@pytest.mark.fault("F35")
 @pytest.mark.parametrize("how", [{"stall_after": 100}, {"drip_seconds": 0.02}], ids=["silence", "a byte now and then"])
 def test_a_stalled_download_times_out(hub: FakeHub, cache: Path, single: Path, how: dict[str, float]) -> None:
     hub.add(NAME, single)
@@ -375,6 +378,7 @@ def test_redirects_in_a_circle_end(hub: FakeHub, cache: Path, single: Path) -> N
 # Damage
 
 
+@pytest.mark.fault("F35")
 def test_a_file_with_another_hash_is_thrown_away(hub: FakeHub, cache: Path, single: Path) -> None:
     commit = hub.add(NAME, single)
     hub.corrupts = True
@@ -419,6 +423,7 @@ def test_a_small_file_with_another_hash_is_thrown_away(
     assert "config.json" in error.message
 
 
+@pytest.mark.fault("F7")
 def test_a_download_that_does_not_fit_the_disk_is_refused_with_numbers_before_it_begins(
     hub: FakeHub, cache: Path, single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +436,7 @@ def test_a_download_that_does_not_fit_the_disk_is_refused_with_numbers_before_it
     assert hub.downloads(SINGLE) == []
 
 
+@pytest.mark.fault("F7")
 def test_a_disk_that_fills_up_on_the_way_ends_in_the_same_error(hub: FakeHub, single: Path) -> None:
     """/dev/full takes no byte."""
     hub.add(NAME, single)

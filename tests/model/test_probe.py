@@ -87,6 +87,7 @@ def test_the_time_that_is_left_is_known_before_the_first_step(base: Base, make_s
     assert all(seconds > 0 for seconds in left)
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.parametrize("error", [ON_CUDA, ON_CPU, MemoryError()])
 def test_out_of_memory_in_a_step_halves_the_micro_batch_and_keeps_the_effective_batch(
     base: Base, make_spec: MakeSpec, shortage: Shortage, error: Exception

@@ -258,6 +258,7 @@ def test_a_voice_that_learned_nothing_is_published_only_if_asked_and_marked(
     assert {c["name"]: c["verdict"] for c in metadata["report"]["checks"]}["did_not_learn"] == "failed"
 
 
+@pytest.mark.fault("F9")
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: Base, make_spec: MakeSpec) -> None:
     whole = make_spec(training_id="train_whole", save_steps=3)
     run_to_end(base, whole)
@@ -272,6 +273,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: Base, make
     assert weights_sha256(spec) == weights_sha256(whole)
 
 
+@pytest.mark.fault("F9")
 def test_a_checkpoint_of_other_data_or_values_is_not_resumed(base: Base, make_spec: MakeSpec) -> None:
     spec = make_spec(save_steps=3)
     run_to_end(base, spec, until=lambda event: event.kind == "checkpoint")
@@ -409,6 +411,7 @@ def test_what_does_not_fit_the_base_model_is_refused(base: Base, make_spec: Make
             run_to_end(base, make_spec(**wrong))
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize("factor", [float("inf"), float("nan"), 1e4])
 def test_an_exploding_loss_ends_the_run_and_says_what_to_do(
     base: Base, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, factor: float
@@ -531,6 +534,7 @@ def test_unset_values_are_resolved_from_the_data_and_set_ones_win(base: Base, ma
     assert asked.lora_target_modules == ["q_proj", "v_proj"]
 
 
+@pytest.mark.fault("F2")
 def test_a_checkpoint_that_was_never_sealed_does_not_exist(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-9").mkdir()
     (tmp_path / ".checkpoint-12.tmp").mkdir()

@@ -76,6 +76,7 @@ def losses_and_voice(events: list[dict[str, Any]], spec: RunSpec) -> tuple[dict[
     return losses, hashlib.sha256(weights).hexdigest()
 
 
+@pytest.mark.fault("F1", "F23")
 # Checkpoints at 4, 8 and 12; the epoch's end is at 6.
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 4, 5, 6, 12, "checkpoint", "evaluating"])
