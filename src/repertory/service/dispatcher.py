@@ -209,7 +209,8 @@ class Dispatcher:
             with self._lock:
                 del self._runs[job.id], self._threads[job.id]
             self.wake()
-        self._discard_checkpoints(self._jobs.get(job.id))
+        with suppress(NotFound, *NOT_NOW):  # what stays is swept at the next start
+            self._discard_checkpoints(self._jobs.get(job.id))
 
     def _spec(self, job: Job, key: BaseKey) -> RunSpec:
         current = self._models.promoted(job.org_id)
@@ -237,7 +238,7 @@ class Dispatcher:
 
     def _discard_checkpoints(self, job: Job) -> None:
         if job.is_terminal:
-            shutil.rmtree(self._checkpoints(job), ignore_errors=True)  # what stays is swept at the next start
+            shutil.rmtree(self._checkpoints(job), ignore_errors=True)
 
     def _sweep_checkpoints(self) -> None:
         """Of jobs that ended without anybody to clear up. Folders that no job here knows are not ours to remove."""

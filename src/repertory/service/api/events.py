@@ -23,7 +23,7 @@ from repertory.service.store import NOT_NOW
 router = APIRouter(prefix="/training", tags=["training"])
 
 EVENT_STREAM = "text/event-stream"
-LOOK_SECONDS = 0.5  # another service process may write the events, so they have to be looked for
+LOOK_SECONDS = 1.0  # another service process may write the events, so they have to be looked for
 SILENCE_SECONDS = 15.0  # after which a comment shows proxies that the connection lives
 LARGEST_SEQ = 2**31 - 1
 
@@ -65,7 +65,8 @@ async def _told(service: Service, request: Request, training_id: str, after: int
     spoke_at = monotonic()
     while True:
         try:
-            found = await run_in_threadpool(_look, service, request, training_id, after)
+            is_silent = monotonic() - spoke_at > SILENCE_SECONDS
+            found = await run_in_threadpool(_look, service, request, training_id, after, is_silent)
         except RepertoryError as error:
             yield _message("error", error_body(error.info, request.state.request_id))
             return
@@ -77,16 +78,18 @@ async def _told(service: Service, request: Request, training_id: str, after: int
             yield _message(event.kind, _shown(event).model_dump(mode="json"), event.seq)
             if event.kind in TERMINAL:
                 return
-            after, spoke_at = event.seq, monotonic()
-        if monotonic() - spoke_at > SILENCE_SECONDS:
+            after, spoke_at, is_silent = event.seq, monotonic(), False
+        if is_silent:
             yield ": still here\n\n"
             spoke_at = monotonic()
         await asyncio.sleep(LOOK_SECONDS)
 
 
-def _look(service: Service, request: Request, training_id: str, after: int) -> list[JobEvent]:
-    """Raises as soon as the key is revoked or the job deleted, however long the stream is open."""
-    service.jobs.get(training_id, caller_of(request, service).org_id)
+def _look(service: Service, request: Request, training_id: str, after: int, is_silent: bool) -> list[JobEvent]:
+    """Raises once the key is revoked or, noticed in its silence, the job deleted, however long the stream is open."""
+    caller = caller_of(request, service)
+    if is_silent:
+        service.jobs.get(training_id, caller.org_id)
     return service.jobs.events(training_id, after)
 
 
