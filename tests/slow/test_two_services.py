@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -15,6 +16,7 @@ from running_service import RunningService, eventually
 
 pytestmark = pytest.mark.slow
 
+BUSY = ("queued", "preparing")
 STEPS = {"FAKE_HOST_STEPS": "60", "FAKE_HOST_STEP_SECONDS": "0.1"}  # six seconds for a run, a checkpoint every half
 
 
@@ -93,6 +95,26 @@ def test_a_job_is_cancelled_through_the_service_that_does_not_run_it(pair: Pair)
     assert time.monotonic() - began < 5
     assert runner.status(training_id)["status"] == "cancelled"
     assert not list(pair.folder.glob("checkpoints/*/*"))
+
+
+def test_an_export_is_prepared_by_one_of_them_and_by_the_other_when_that_is_gone(pair: Pair) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi, you."}, {"role": "assistant", "content": "Hello there."}]}
+    export = f"{json.dumps(chat)}\n".encode()
+
+    def prepared(service: RunningService) -> str:
+        sent = service.client.post("/datasets", data={"org_id": "org"}, files={"file": ("export.jsonl", export)})
+        assert sent.status_code == 202, sent.text
+        url = f"/datasets/{sent.json()['dataset_id']}"
+        status = eventually(lambda: (now := service.client.get(url).json()["status"]) not in BUSY and now)
+        assert status in ("ready", "needs_persona"), service.client.get(url).json()
+        return str(sent.json()["dataset_id"])
+
+    for service in (pair.one, pair.other):
+        prepared(service)
+    assert ["import starts" in service.log for service in (pair.one, pair.other)] == [True, False]
+    pair.one.kill()
+    prepared(pair.other)
+    assert "import starts" in pair.other.log
 
 
 @pytest.mark.fault("F1", "F3", "F5")

@@ -39,7 +39,7 @@ from repertory.manifest import write_durably
 from repertory.service.datasets import CONVERSATIONS, FORGET, PREPARED, Datasets
 from repertory.service.jobs import TERMINAL
 from repertory.service.models import Models
-from repertory.service.store import NOT_NOW, Store, datasets, ensure_organisation, jobs, now, reason
+from repertory.service.store import IMPORTS_LOCK, NOT_NOW, Store, datasets, ensure_organisation, jobs, now, reason
 
 log = structlog.get_logger()
 
@@ -48,6 +48,7 @@ KIND = "data_"  # how the ids begin
 MAX_KNOWN_TOKENS = 1000  # datasets of which the lengths in tokens are remembered: measuring takes seconds
 AT_ONCE = 2  # processes, each of one core at most and of 200 MB
 RETRY_SECONDS = 1.0  # while the database takes no writes
+LOOK_SECONDS = 1.0  # between two looks at what other services have accepted
 
 
 class Status(StrEnum):
@@ -108,11 +109,20 @@ class Imports:
         self._working: dict[str, _Work] = {}  # by dataset id
         self._turns: dict[str, int] = {}  # of organisations, as they come
         self._woken = threading.Condition(self._lock)
+        self._has_begun = False
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._work, name="imports", daemon=True) for _ in range(AT_ONCE)]
 
     def start(self) -> None:
-        """Take up again what the end of the last process has cut off."""
+        """Of several services on one database one does the work of all, and another when that one is gone."""
+        self._begin()
+        for thread in self._threads:
+            thread.start()
+
+    def _begin(self) -> None:
+        """Take up again what the end of the last process has cut off, once this one does the work."""
+        if self._has_begun or not self._store.hold(IMPORTS_LOCK):
+            return
         with self._store.write() as connection:
             connection.execute(
                 update(datasets).where(datasets.c.status == Status.PREPARING).values(status=Status.QUEUED)
@@ -123,8 +133,7 @@ class Imports:
         with self._store.write() as connection:
             connection.execute(update(datasets).where(datasets.c.id.in_(cut_off)).values(status=Status.QUEUED))
         self._files.sweep(KIND, {row.id for row in accepted}.__contains__, is_alone=not self._store.is_shared)
-        for thread in self._threads:
-            thread.start()
+        self._has_begun = True
 
     def stop(self) -> None:
         """What is being prepared is prepared again at the next start."""
@@ -357,10 +366,11 @@ class Imports:
 
     def _prepare_next(self) -> None:
         with self._lock:
-            dataset = self._claim()
+            self._begin()
+            dataset = self._claim() if self._has_begun else None
             if dataset is None:
                 if not self._stopping.is_set():
-                    self._woken.wait()
+                    self._woken.wait(LOOK_SECONDS if self._store.is_shared else None)
                 return
             folder = self._files.folder(dataset.org_id, dataset.id)
             # Started by the thread that waits for it: the kernel ends it with that thread.

@@ -69,6 +69,7 @@ POSTGRESQL_OPTIONS = {
 # Locked, full, cut off, restarting, read-only after a failover, out of connections: what may go away by itself.
 NOT_NOW: tuple[type[SQLAlchemyError], ...] = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 MIGRATION_LOCK = 8300  # any number that every version of this program knows
+IMPORTS_LOCK = 8301
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -209,6 +210,7 @@ class Store:
         """Connects to nothing yet, but takes an SQLite file for this process alone. Raises InvalidInput, Conflict."""
         url = _url(database_url)
         self._lock_file: TextIO | None = None
+        self._held: list[Connection] = []
         if url.get_backend_name() == "sqlite":
             if url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -257,12 +259,31 @@ class Store:
                 cure="Start it and let this machine in, or set DATABASE_URL.",
             ) from error
 
+    def hold(self, work: int) -> bool:
+        """Whether this process, and no other on this database, does a piece of work from now until it ends.
+
+        `work` is a number that every version of this program knows it by. PostgreSQL lets go of it with the connection,
+        so after the server's restart two may do it; each step of it has to be claimed all the same.
+        """
+        if not self.is_shared:
+            return True
+        connection = self._engine.connect()
+        connection.detach()  # the pool must neither reuse it nor keep it
+        if connection.execute(text(f"SELECT pg_try_advisory_lock({work})")).scalar_one():
+            connection.commit()
+            self._held.append(connection)
+            return True
+        connection.close()
+        return False
+
     def schema(self) -> str | None:
         """The schema that is there; None: none yet. Raises one of NOT_NOW if there is no database."""
         with self.read() as connection:
             return MigrationContext.configure(connection).get_current_revision()
 
     def close(self) -> None:
+        for connection in self._held:
+            connection.close()
         self._engine.dispose()
         if self._lock_file is not None:
             self._lock_file.close()
