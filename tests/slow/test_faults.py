@@ -216,6 +216,30 @@ print(*[job.id for job in jobs.queue() if jobs.claim(job.id, sys.argv[3]) is not
     assert sum(bool(each) for each in won) > 1, "one was so quick that nothing was raced for"
 
 
+@pytest.mark.fault("F6")
+def test_a_real_run_is_interrupted_with_a_checkpoint_and_goes_on_from_there(
+    start_service: Start, cache: Path, database_url: str
+) -> None:
+    """The only checkpoint within a thousand steps is the interruption's own."""
+    real = {"HOST_MODULE": "repertory.model.host", "MODEL_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    service = start_service(DATABASE_URL=database_url, DEFAULT_BASE_MODEL="tiny/llama-gqa", **real).until_ready()
+    chats = [conversation(1, at).model_dump(mode="json", exclude_none=True) for at in range(20)]
+    body = {"conversations": chats, "num_epochs": 100, "hyperparameters": {"save_steps": 1000, "eval_steps": 1000}}
+    training_id = service.train("org", **body)
+    eventually(lambda: service.status(training_id)["metadata"].get("step", 0) >= 3)
+    began = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - began < 20
+    with job_table(service.folder, database_url) as jobs:
+        left = jobs.get(training_id)
+    assert (left.status, left.attempts) == ("queued", 0)
+    assert left.metadata["checkpoint_step"] == left.metadata["step"] >= 3
+    service.start()
+    resumed = eventually(lambda: service.status(training_id)["metadata"].get("resumed_from_step"))
+    assert resumed == left.metadata["checkpoint_step"]
+    service.client.delete(f"/training/jobs/{training_id}")
+
+
 # The database goes away
 
 
