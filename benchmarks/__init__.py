@@ -3,3 +3,4 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the host does, before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

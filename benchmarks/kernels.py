@@ -19,18 +19,23 @@ from rich.table import Table
 
 from repertory.model.attention import Scoring, causal_attention, scaled_dot_product
 from repertory.model.attention import causal_mask as mask_of
-from repertory.model.lora import dropout_mask
+from repertory.model.lora import drop_, dropout_mask
 
 BUSY = "import time\nends = time.time() + 30\nwhile time.time() < ends: pass"
 PRODUCTS = """
 import time, torch, torch.nn.functional as F
 weight, x = torch.randn(1536, 576).bfloat16(), torch.randn(416, 576).bfloat16()
+A, B = torch.randn(16, 576).bfloat16(), torch.randn(1536, 16).bfloat16()
 count, begin = 0, time.perf_counter()
 while time.perf_counter() - begin < 3:
-    F.silu(F.linear(x, weight))
+    F.silu(F.linear(x, weight).addmm_(F.linear(x, A), B.t()))
     count += 1
 print((time.perf_counter() - begin) / count * 1000)
 """
+# How waiting threads wait: libgomp's own way, asleep at once, or after a short spin.
+SPIN: dict[str, str] = {}
+SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
+OURS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
 def main() -> None:
@@ -39,10 +44,13 @@ def main() -> None:
     table.add_row("memory that 400 new shapes keep, that 13 padded ones keep", *kept_by_shapes(), "MB")
     table.add_row("attention, forward and backward, 4 rows of 96 + 24 tokens", *attention(4, 96, 24), "ms")
     table.add_row("attention, forward and backward, 16 rows of 32 + 440 tokens", *attention(16, 32, 440), "ms")
-    table.add_row("dropout mask, 416 x 576", *dropout(), "ms")
+    table.add_row("softmax over 88 keys, over 96", *softmax(), "ms")
+    table.add_row("dropout of 416 x 576", *dropout(), "ms")
     table.add_row("an optimizer step over the adapter's 420 tensors", *optimizer(), "ms")
-    table.add_row("a product alone on the machine: waiting threads spin, sleep", *products(busy=False), "ms")
-    table.add_row("a product beside one busy process: waiting threads spin, sleep", *products(busy=True), "ms")
+    for name, busy in (("alone on the machine", False), ("beside one busy process", True)):
+        for how, wait in (("sleeping at once", SLEEP), ("spinning as libgomp does", SPIN)):
+            times = waiting(wait, busy=busy), waiting(OURS, busy=busy)
+            table.add_row(f"a layer with LoRA {name}: threads {how}, our short spin", *times, "ms")
     Console().print(table)
 
 
@@ -112,24 +120,25 @@ def optimizer() -> tuple[str, str]:
 def dropout() -> tuple[str, str]:
     x = torch.randn(416, 576).bfloat16()
     theirs = milliseconds(lambda: torch.native_dropout(x, 0.05, True))
-    return f"{theirs:.2f}", f"{milliseconds(lambda: x * dropout_mask(x.shape, 0.05, x.device)):.2f}"
+    return f"{theirs:.2f}", f"{milliseconds(lambda: drop_(x.clone(), dropout_mask(x.shape, 0.05, x.device))):.2f}"
 
 
-def products(*, busy: bool) -> tuple[str, str]:
+def softmax() -> tuple[str, str]:
+    scores = {keys: torch.randn(48, 192, keys).bfloat16() for keys in (88, 96)}
+    return f"{milliseconds(lambda: scores[88].softmax(-1)):.2f}", f"{milliseconds(lambda: scores[96].softmax(-1)):.2f}"
+
+
+def waiting(how: dict[str, str], *, busy: bool) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
     other = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
     try:
-        return product_under(None), product_under("PASSIVE")
+        done = subprocess.run(
+            [sys.executable, "-c", PRODUCTS], env=inherited | how, capture_output=True, text=True, check=True
+        )
     finally:
         if other is not None:
             other.kill()
             other.wait()
-
-
-def product_under(policy: str | None) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if policy is not None:
-        environment["OMP_WAIT_POLICY"] = policy
-    done = subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, capture_output=True, text=True, check=True)
     return f"{float(done.stdout):.2f}"
 
 

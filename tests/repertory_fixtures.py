@@ -18,6 +18,7 @@ from repertory.data.render import NO_LABEL, Row
 from repertory.model import base as base_module
 from repertory.model.base import Base
 from repertory.model.engine import Engine
+from repertory.model.lora import Siblings
 from repertory.model.training import TrainingRun
 from repertory.settings import Settings
 
@@ -70,6 +71,9 @@ def in_float64(load_base: LoadBase) -> Callable[[str], Base]:
     def load(family: str = "llama-gqa") -> Base:
         base = load_base(family)
         base.model.double()
+        for siblings in {id(layer.siblings): layer.siblings for layer in base.layers.values()}.values():
+            if len(siblings.layers) > 1:
+                Siblings.join(siblings.layers)
         base.model.set_experts_implementation("eager")  # of a mixture: the fast ones know no float64
         base.dtype = torch.float64
         return base

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -17,9 +18,11 @@ from repertory.model.lora import (
     AdapterStacks,
     AdapterUnusable,
     LoraConfig,
+    LoraLinear,
     Serving,
     Training,
     choose_layers,
+    drop_,
     dropout_mask,
 )
 
@@ -132,12 +135,11 @@ def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
     owners = [*rows, one, one, None, None, None, few, None]
     for layer in base.layers.values():
         x = torch.randn(1, len(owners), layer.shape[0])
-        with torch.inference_mode():
-            corrected = serving.through(layer, x)
+        with torch.inference_mode(), base.router.through(serving):
+            corrected = layer(x)
             for at, owner in enumerate(owners):
-                one = x[:, at : at + 1]
-                alone = Training(owner).through(layer, one) if owner else layer.base(one)
-                assert torch.allclose(corrected[:, at : at + 1], alone, atol=1e-4)
+                alone = layer.base(x[:, at]) + (owner_correction(owner, layer, x[:, at]) if owner else 0)
+                assert torch.allclose(corrected[:, at], alone, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
@@ -148,20 +150,61 @@ def test_weights_that_are_not_finite_are_not_served(base: Base, value: float) ->
         voice.to(base.device, torch.float16)
 
 
-def test_rows_of_one_voice_need_no_stack(base: Base) -> None:
+def owner_correction(voice: Adapter, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor | float:
+    """As the formula has it."""
+    if layer.name not in voice.A:
+        return 0.0
+    return voice.config.scaling * (x @ voice.A[layer.name].T @ voice.B[layer.name].T)
+
+
+def test_layers_that_read_the_same_tensor_share_one_matrix(base: Base) -> None:
+    """Queries, keys and values; gate and up. What each one holds is its rows of the common matrix: no second copy."""
+    joined = {tuple(one.name.rsplit(".", 1)[-1] for one in layer.siblings.layers) for layer in base.layers.values()}
+    assert joined == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
+    for layer in base.layers.values():
+        weights = [one.base.weight for one in layer.siblings.layers]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1  # type: ignore[union-attr, operator]
+        assert torch.equal(torch.cat(weights), layer.siblings.weight(base.dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj", "k_proj,up_proj", "down_proj"])
+def test_siblings_have_the_outputs_and_gradients_that_each_has_alone(base: Base, targets: str) -> None:
+    voice = trained(base, targets).trainable()
+
+    def results(through: Callable[[LoraLinear, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        torch.manual_seed(11)
+        found = []
+        for siblings in {id(layer.siblings): layer.siblings for layer in base.layers.values()}.values():
+            x = torch.randn(1, 5, siblings.layers[0].shape[0], requires_grad=True)
+            outputs = [through(layer, x) for layer in siblings.layers]
+            loss = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
+            wanted = [
+                x,
+                *(half[one.name] for one in siblings.layers for half in (voice.A, voice.B) if one.name in half),
+            ]
+            found += [*outputs, *torch.autograd.grad(loss, wanted)]
+        return found
+
+    with base.router.through(Training(voice)):
+        ours = results(lambda layer, x: layer(x))
+    plain = results(lambda layer, x: layer.base(x) + owner_correction(voice, layer, x))
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_siblings_that_are_asked_in_another_order_or_about_another_tensor_still_answer_it(base: Base) -> None:
     voice = trained(base)
-    stacks = AdapterStacks()
-    serving = Serving([voice, voice], [], stacks)
-    layer = next(iter(base.layers.values()))
-    x = torch.randn(1, 2, layer.shape[0])
-    with torch.inference_mode():
-        assert torch.allclose(serving.through(layer, x), Training(voice).through(layer, x), atol=1e-5)
-    assert not stacks._layers
+    q, k, v = (next(layer for name, layer in base.layers.items() if name.endswith(f"{one}_proj")) for one in "qkv")
+    x, other = torch.randn(2, 1, 3, q.shape[0])
+    with torch.inference_mode(), base.router.through(Training(voice)):
+        for layer, read in ((q, x), (v, other), (v, x), (k, x), (k, x), (q, other), (k, other)):
+            expected = layer.base(read) + owner_correction(voice, layer, read)
+            assert torch.allclose(layer(read), expected, atol=1e-4)
 
 
 def test_the_fused_product_has_the_gradients_of_the_plain_one(base: Base) -> None:
     """In float64; with dropout both draw the same mask from the same seed."""
-    layer = copy.deepcopy(next(iter(base.layers.values()))).double()
+    layer = copy.deepcopy(next(one for one in base.layers.values() if len(one.siblings.layers) == 1)).double()
     assert isinstance(layer.base, torch.nn.Linear)
     for dropout in (0.0, 0.3):
         A = torch.randn(3, layer.shape[0], dtype=torch.float64, requires_grad=True)
@@ -169,9 +212,9 @@ def test_the_fused_product_has_the_gradients_of_the_plain_one(base: Base) -> Non
         x = torch.randn(1, 6, layer.shape[0], dtype=torch.float64, requires_grad=True)
         config = LoraConfig(base_model="x", rank=3, alpha=7, dropout=0, target_modules=[])
         torch.manual_seed(5)
-        fused = Training(Adapter(config, {layer.name: A}, {layer.name: B}), dropout).through(layer, x)
+        fused = Training(Adapter(config, {layer.name: A}, {layer.name: B}), dropout).through(layer.siblings, x)
         torch.manual_seed(5)
-        kept = x * dropout_mask(x.shape, dropout, x.device) / (1 - dropout) if dropout else x
+        kept = x * -dropout_mask(x.shape, dropout, x.device) / (1 - dropout) if dropout else x
         plain = layer.base(x) + config.scaling * (kept @ A.T @ B.T)
         assert torch.allclose(fused, plain, rtol=1e-12)
         weights = torch.randn_like(plain)
@@ -181,12 +224,19 @@ def test_the_fused_product_has_the_gradients_of_the_plain_one(base: Base) -> Non
             assert torch.allclose(one, other, rtol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dropping_leaves_what_is_kept_to_the_bit(dtype: torch.dtype) -> None:
+    x = torch.randn(30, 40).to(dtype)
+    mask = dropout_mask(x.shape, 0.4, x.device)
+    assert torch.equal(drop_(x.clone(), mask), torch.where(mask == -1, x, torch.zeros_like(x)))
+
+
 def test_dropout_masks_drop_their_share_independently_and_repeat_with_the_seed() -> None:
     """40,000 places: the share of False is within five standard errors of 5%, in each of the four places of a draw."""
     torch.manual_seed(3)
     mask = dropout_mask(torch.Size((200, 200)), 0.05, torch.device("cpu"))
     for place in range(4):
-        dropped = 1 - mask.flatten()[place::4].float().mean().item()
+        dropped = 1 + mask.flatten()[place::4].float().mean().item()
         assert abs(dropped - 0.05) < 5 * (0.05 * 0.95 / 10_000) ** 0.5
     torch.manual_seed(3)
     assert torch.equal(mask, dropout_mask(torch.Size((200, 200)), 0.05, torch.device("cpu")))

@@ -194,7 +194,7 @@ def test_every_family_is_loaded_counted_and_computed_as_estimated(
         batch=shape,
     )
     allocated = demand.activations / memory.ALLOCATOR_OVERHEAD["cpu"]
-    assert peak_allocation(base, rows_of(shape), adapter, 0.1, False) == pytest.approx(allocated, rel=0.2)
+    assert peak_allocation(base, rows_of(shape), adapter, 0.1, False) == pytest.approx(allocated, rel=0.25)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

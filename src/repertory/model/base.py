@@ -39,7 +39,15 @@ from repertory.model.attention import (
 from repertory.model.diagnosis import cpu_facts
 from repertory.model.gatedmlp import slim_gated_mlps
 from repertory.model.kvcache import CachedRows, KVCache
-from repertory.model.lora import LoraLinear, Router, Routing, wrap_linear_layers
+from repertory.model.lora import (
+    AdapterStacks,
+    LoraLinear,
+    ReadingOrder,
+    Router,
+    Routing,
+    Serving,
+    wrap_linear_layers,
+)
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
 from repertory.model.rmsnorm import replace_rms_norms
@@ -243,12 +251,12 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         memory_limit_bytes=limit,
     )
-    _check_vocabulary(base, name)
-    _check_forward(base, name)
     if key.quantization != "none":  # what was not quantized would keep the whole file mapped, read through once
         for tensor in [*model.parameters(), *model.buffers()]:
             if not isinstance(tensor, Params4bit | Int8Params):
                 tensor.data = tensor.data.clone()
+    _check_vocabulary(base, name)
+    _check_forward(base, name)
     give_back_memory(torch_device)
     return base
 
@@ -454,10 +462,13 @@ def _check_forward(base: Base, name: str) -> None:
     First who sees whom at the end of the longest rows. Then the logits: two rows of 12 tokens share a prefix of 8; the
     second one's last token is then decoded from the cache. A family with another kind of attention would be wrong in
     every reply, silently.
+
+    The packed pass also shows which layers read the same tensor; they are joined for the cached ones, and from then on.
     """
     ids = torch.randint(0, base.vocabulary_size, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
     row = torch.cat((ids[:8], ids[12:]))
     packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
+    order, bare = ReadingOrder(), Serving([], [], AdapterStacks())
     cache = base.kv_cache()
     holder = _Checked()
     cache.enter(holder, 12)
@@ -468,12 +479,13 @@ def _check_forward(base: Base, name: str) -> None:
         base.model.set_attn_implementation("eager")  # type: ignore[operator]
         expected = base.model(input_ids=row[None], use_cache=False).logits[0, -1].float()
         base.model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        with base.passing(packed, None):
+        with base.passing(packed, order):
             from_packed = base.logits(base.hidden(ids, packed.positions)[-1:])[0]
-        with base.passing(first, None):
+        order.join_siblings()
+        with base.passing(first, bare):
             base.hidden(row[:-1], first.positions)
         holder.cached_tokens = 11
-        with base.passing(last, None):
+        with base.passing(last, bare):
             from_cache = base.logits(base.hidden(row[-1:], last.positions))[0]
     except (AssertionError, RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise _unsupported(name, f"the forward pass over packed rows fails ({_first_line(error)})") from error

@@ -333,10 +333,12 @@ def main() -> None:
     args = parser.parse_args()
     end_with_service()
     configure(settings().log_level)
-    # Threads that wait for each other at the end of a product would spin, and on a machine with anything else to do
-    # (the service, for one) keep the core from the thread they wait for: a product took twice as long beside one busy
-    # process, and no longer alone (`docs/log.md`). Read when torch is imported, which has not happened yet.
+    # Threads that wait for each other at the end of a product spin. For as long as libgomp does by itself, they would
+    # keep the core from the thread they wait for on a machine with anything else to do; not at all, and each product
+    # waits for a thread to be woken up. Measured in `docs/log.md`. Read when torch is imported, which has not happened
+    # yet.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     host = Host(args.base_model, args.quantization, args.dtype, turn=Path(args.socket).with_name("loading.lock"))
     device = threading.Thread(target=host.run, args=(settings(),), name="device", daemon=True)
     device.start()

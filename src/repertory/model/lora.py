@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from numpy.random import SFC64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -37,8 +39,8 @@ CONFIG = "adapter_config.json"
 
 
 class Routing(Protocol):
-    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        """The corrected output of `layer` for `x`: (1, N, in_features) -> (1, N, out_features).
+    def through(self, siblings: Siblings, x: Tensor) -> Tensor:
+        """The corrected outputs of `siblings` for `x`, side by side: (1, N, in_features) -> (1, N, all out_features).
 
         Some families leave the 1 out.
         """
@@ -68,6 +70,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.name = name
         self.router = router
+        self.siblings = Siblings([self])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,7 +95,98 @@ class LoraLinear(nn.Module):
         routing = self.router.routing
         if routing is None:
             return self.base(x)  # type: ignore[no-any-return]
-        return routing.through(self, x)
+        return self.siblings.output_of(self, x, routing)
+
+
+class Siblings:
+    """Linear layers that read the same tensor, such as those of the queries, keys and values: one product does for all.
+
+    Their weights are rows of one matrix, of which each layer holds its own. Most layers are their only sibling.
+    """
+
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self.layers = list(layers)
+        self._weight: Tensor | None = None  # (all out_features, in_features)
+        self._bias: Tensor | None = None
+        self._read: Tensor | None = None  # what the outputs that nobody has asked for yet belong to
+        self._outputs: dict[str, Tensor] = {}
+
+    @staticmethod
+    @torch.inference_mode(False)
+    def join(layers: Sequence[LoraLinear]) -> None:
+        """Make siblings of layers that read the same tensor, in the order in which the model calls them."""
+        siblings = Siblings(layers)
+        bases: list[nn.Linear] = [layer.base for layer in layers]  # type: ignore[misc]
+        siblings._weight = torch.cat([base.weight.data for base in bases])
+        if bases[0].bias is not None:
+            siblings._bias = torch.cat([base.bias.data for base in bases])
+        for layer, base, rows in zip(layers, bases, siblings.slices, strict=True):
+            layer.siblings = siblings
+            base.weight.data = siblings._weight[rows]
+            if siblings._bias is not None:
+                base.bias.data = siblings._bias[rows]
+
+    @property
+    def widths(self) -> list[int]:
+        """Their out_features."""
+        return [layer.shape[1] for layer in self.layers]
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where each one's output stands among all."""
+        ends = list(accumulate(self.widths))
+        return [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+
+    def base(self, x: Tensor) -> Tensor:
+        if self._weight is None:
+            return self.layers[0].base(x)  # type: ignore[no-any-return]
+        return F.linear(x, self._weight, self._bias)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(all out_features, in_features), what the frozen layers multiply with."""
+        return self.layers[0].weight(dtype) if self._weight is None else self._weight
+
+    def output_of(self, layer: LoraLinear, x: Tensor, routing: Routing) -> Tensor:
+        """Computed for all siblings when the first one asks."""
+        if len(self.layers) == 1:
+            return routing.through(self, x)
+        if self._read is not x or layer.name not in self._outputs:
+            outputs = torch.split(routing.through(self, x), self.widths, -1)
+            self._read, self._outputs = x, {one.name: y for one, y in zip(self.layers, outputs, strict=True)}
+        output = self._outputs.pop(layer.name)
+        if not self._outputs:
+            self._read = None
+        return output
+
+
+class ReadingOrder:
+    """A routing that corrects nothing, and notes which layers one after another read the same tensor."""
+
+    def __init__(self) -> None:
+        self._reads: list[tuple[Tensor, list[LoraLinear]]] = []  # the tensors are held: an address would be used again
+
+    def through(self, siblings: Siblings, x: Tensor) -> Tensor:
+        (layer,) = siblings.layers
+        if self._reads and self._reads[-1][0] is x and _alike(self._reads[-1][1][0], layer):
+            self._reads[-1][1].append(layer)
+        else:
+            self._reads.append((x, [layer]))
+        return siblings.base(x)
+
+    def join_siblings(self) -> None:
+        for _, layers in self._reads:
+            if len(layers) > 1:
+                Siblings.join(layers)
+
+
+def _alike(one: LoraLinear, other: LoraLinear) -> bool:
+    """Whether their weights can be rows of one matrix: no quantized ones, and of one module."""
+    bases = one.base, other.base
+    return (
+        all(type(base) is nn.Linear for base in bases)
+        and one.name.rpartition(".")[0] == other.name.rpartition(".")[0]
+        and len({(base.bias is None, base.weight.dtype) for base in bases}) == 1
+    )
 
 
 def wrap_linear_layers(blocks: nn.ModuleList, prefix: str, router: Router) -> dict[str, LoraLinear]:
@@ -293,61 +387,87 @@ class Training:
     adapter: Adapter
     dropout: float = 0.0
 
-    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        A = self.adapter.A.get(layer.name)
+    def through(self, siblings: Siblings, x: Tensor) -> Tensor:
+        corrected = [layer.name for layer in siblings.layers if layer.name in self.adapter.A]
         y: Tensor
-        if A is None:
-            y = _Frozen.apply(x, layer)  # type: ignore[no-untyped-call]
+        if not corrected:
+            y = _Frozen.apply(x, siblings)  # type: ignore[no-untyped-call]
         else:
-            B, scaling = self.adapter.B[layer.name], self.adapter.config.scaling
-            y = _FusedLora.apply(x, layer, A, B, scaling, self.dropout)  # type: ignore[no-untyped-call]
+            weights = [half[name] for half in (self.adapter.A, self.adapter.B) for name in corrected]
+            scaling = self.adapter.config.scaling
+            y = _FusedLora.apply(x, siblings, corrected, scaling, self.dropout, *weights)  # type: ignore[no-untyped-call]
         return y
 
 
 def dropout_mask(shape: torch.Size, share: float, device: torch.device) -> Tensor:
-    """False with probability `share` (to 1/65,536), from torch's default generator.
+    """Bytes of ones where kept, 0 with probability `share` (to 1/65,536), from torch's default generator.
 
-    Four places to each 64 random bits: half the time of torch's own dropout on a CPU (`docs/log.md`).
+    On a CPU torch's generator gives a seed only: numpy's draws twice as fast (`benchmarks/kernels.py`).
     """
     places = math.prod(shape)
-    bits = torch.empty(-(-places // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[:places] >= round(share * 65536) - 32768).view(shape)
+    draws = -(-places // 4)  # four places to each 64 random bits
+    if device.type == "cpu":
+        drawn = SFC64(int(torch.randint(2**62, ()))).random_raw(draws)
+        bits = torch.from_numpy(drawn.view("int64"))
+    else:
+        bits = torch.empty(draws, dtype=torch.int64, device=device).random_(-(2**63), None)
+    mask = torch.empty(places, dtype=torch.int8, device=device)
+    torch.ge(bits.view(torch.int16)[:places], round(share * 65536) - 32768, out=mask)
+    return mask.neg_().view(shape)
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def drop_(x: Tensor, mask: Tensor) -> Tensor:
+    """Set to 0, in place, what a dropout mask does not keep: by the bits, ten times faster than a product by booleans
+    on a CPU.
+    """
+    bits = _BITS[x.dtype.itemsize]
+    x.view(bits).bitwise_and_(mask.to(bits))
+    return x
 
 
 class _Frozen(torch.autograd.Function):
-    """A frozen layer, quantized or not, of which nothing is kept for the backward pass.
+    """Frozen layers, quantized or not, of which nothing is kept for the backward pass.
 
     bitsandbytes' own function keeps the input of an 8-bit layer, out of the reach of gradient checkpointing.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LoraLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.base(x)  # type: ignore[no-any-return]
+    def forward(ctx: Any, x: Tensor, siblings: Siblings) -> Tensor:
+        ctx.siblings = siblings
+        return siblings.base(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.layer.weight(grads[0].dtype), None
+        return grads[0] @ ctx.siblings.weight(grads[0].dtype), None
 
 
 class _FusedLora(torch.autograd.Function):
     """base(x) + scaling * dropout(x) A' B', with the base frozen and A, B possibly in a higher precision than x.
+
+    The A of siblings stand below each other, so that one product reads x for all. Their B stand in the diagonal of a
+    matrix that is 0 elsewhere: to multiply by zeros costs less than to start a product for each.
 
     What plain autograd would write to memory and read again is added in place: the correction to the output, and its
     gradient to that of the input.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LoraLinear, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, siblings: Siblings, names: list[str], scaling: float, dropout: float, *weights: Tensor
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         mask = dropout_mask(flat.shape, dropout, flat.device) if dropout else None
-        kept = flat if mask is None else flat * mask
-        a, b = A.to(x.dtype), B.to(x.dtype)
+        kept = flat if mask is None else drop_(flat.clone(), mask)
+        a, b, blocks = _side_by_side(siblings, names, weights, x.dtype)
         scaling = scaling / (1 - dropout)  # what is kept stands for what is not
         low_rank = (kept @ a.t()).mul_(scaling)
-        y: Tensor = layer.base(flat).addmm_(low_rank, b.t())
+        y = siblings.base(flat).addmm_(low_rank, b.t())
         ctx.save_for_backward(kept, mask, low_rank, a, b)
-        ctx.layer, ctx.scaling, ctx.x_shape, ctx.precision = layer, scaling, x.shape, A.dtype
+        ctx.siblings, ctx.blocks, ctx.scaling, ctx.x_shape = siblings, blocks, scaling, x.shape
+        ctx.precision = weights[0].dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -355,17 +475,39 @@ class _FusedLora(torch.autograd.Function):
         kept, mask, low_rank, a, b = ctx.saved_tensors
         grad_y = grads[0].reshape(-1, grads[0].shape[-1])
         grad_low_rank = (grad_y @ b).mul_(ctx.scaling)
-        grad_B = (grad_y.t() @ low_rank).to(ctx.precision)
-        grad_A = (grad_low_rank.t() @ kept).to(ctx.precision)
+        grad_b = (grad_y.t() @ low_rank).to(ctx.precision)
+        grad_a = (grad_low_rank.t() @ kept).to(ctx.precision)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.layer.weight(grad_y.dtype)
+            grad_x = grad_y @ ctx.siblings.weight(grad_y.dtype)
             if mask is None:
                 grad_x.addmm_(grad_low_rank, a)
             else:
-                grad_x.add_((grad_low_rank @ a).mul_(mask))
+                grad_x.add_(drop_(grad_low_rank @ a, mask))
             grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, grad_A, grad_B, None, None
+        grads_A = [grad_a[ranks] for _, ranks in ctx.blocks]
+        grads_B = [grad_b[rows, ranks] for rows, ranks in ctx.blocks]
+        return grad_x, None, None, None, None, *grads_A, *grads_B
+
+
+def _side_by_side(
+    siblings: Siblings, names: list[str], weights: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
+    """A (ranks, in_features) and B (all out_features, ranks) of the named siblings; where in B each one's stands."""
+    As, Bs = weights[: len(names)], weights[len(names) :]
+    if len(siblings.layers) == 1:
+        return As[0].to(dtype), Bs[0].to(dtype), [(slice(None), slice(None))]
+    rank = len(As[0])
+    a = As[0].new_empty(len(names) * rank, As[0].shape[1], dtype=dtype)
+    b = Bs[0].new_zeros(sum(siblings.widths), len(names) * rank, dtype=dtype)
+    blocks: list[tuple[slice, slice]] = []
+    for layer, rows in zip(siblings.layers, siblings.slices, strict=True):
+        if layer.name in names:
+            at = len(blocks)
+            ranks = slice(at * rank, (at + 1) * rank)
+            a[ranks], b[rows, ranks] = As[at], Bs[at]
+            blocks.append((rows, ranks))
+    return a, b, blocks
 
 
 class Serving:
@@ -389,29 +531,25 @@ class Serving:
             others = [[adapter is not voice for voice in self.voices] for adapter in rows]
             self._others = torch.tensor(others, device=next(iter(self.voices[0].A.values())).device)[:, :, None]
 
-    def through(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        y: Tensor = layer.base(x)
+    def through(self, siblings: Siblings, x: Tensor) -> Tensor:
+        y = siblings.base(x)
         tokens, corrected = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         rows = self.row_count
-        if self._others is None:
-            _add_product(self.voices[:1], layer.name, tokens[:rows], corrected[:rows])
-        elif any(layer.name in voice.A for voice in self.voices):
-            A, B = self.stacks.of(self.voices, layer.name)
-            low_rank = F.linear(tokens[:rows], A).view(rows, len(self.voices), -1)
-            # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
-            corrected[:rows].addmm_(low_rank.masked_fill_(self._others, 0).view(rows, -1), B)
+        stack = self.stacks.of(self.voices, siblings)
+        if stack is not None:
+            A, B = stack
+            low_rank = F.linear(tokens[:rows], A)
+            if self._others is not None:
+                # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
+                low_rank.view(rows, len(self.voices), -1).masked_fill_(self._others, 0)
+            corrected[:rows].addmm_(low_rank, B)
         begin = rows
         for voice, count in self.chunks:
-            if voice is not None:
-                _add_product([voice], layer.name, tokens[begin : begin + count], corrected[begin : begin + count])
+            if voice is not None and (stack := _stacked([voice], siblings)) is not None:
+                A, B = stack
+                corrected[begin : begin + count].addmm_(F.linear(tokens[begin : begin + count], A), B)
             begin += count
         return y
-
-
-def _add_product(voices: Sequence[Adapter], name: str, x: Tensor, y: Tensor) -> None:
-    for voice in voices:
-        if name in voice.A:
-            y.addmm_(F.linear(x, voice.A[name]), voice.B[name].t(), alpha=voice.config.scaling)
 
 
 class AdapterStacks:
@@ -419,26 +557,40 @@ class AdapterStacks:
 
     def __init__(self) -> None:
         self._voices: list[Adapter] = []
-        self._layers: dict[str, tuple[Tensor, Tensor]] = {}
+        self._stacks: dict[str, tuple[Tensor, Tensor] | None] = {}
 
-    def of(self, voices: list[Adapter], name: str) -> tuple[Tensor, Tensor]:
-        """Scaled A (voices * r, in_features) and B (voices * r, out_features), r the largest rank among them."""
+    def of(self, voices: list[Adapter], siblings: Siblings) -> tuple[Tensor, Tensor] | None:
         if [id(voice) for voice in voices] != [id(voice) for voice in self._voices]:
-            self._voices, self._layers = list(voices), {}
-        if name not in self._layers:
-            self._layers[name] = self._stacked(name)
-        return self._layers[name]
+            self._voices, self._stacks = list(voices), {}
+        name = siblings.layers[0].name
+        if name not in self._stacks:
+            self._stacks[name] = _stacked(self._voices, siblings)
+        return self._stacks[name]
 
     def forget(self) -> None:
-        self._voices, self._layers = [], {}
+        self._voices, self._stacks = [], {}
 
-    def _stacked(self, name: str) -> tuple[Tensor, Tensor]:
-        rank = max(voice.config.rank for voice in self._voices)
-        like = next(voice for voice in self._voices if name in voice.A)
-        A = like.A[name].new_zeros(len(self._voices), rank, like.A[name].shape[1])
-        B = like.B[name].new_zeros(len(self._voices), rank, like.B[name].shape[0])
-        for at, voice in enumerate(self._voices):
+
+def _stacked(voices: Sequence[Adapter], siblings: Siblings) -> tuple[Tensor, Tensor] | None:
+    """Scaled A (voices * ranks, in_features) and B (voices * ranks, all out_features); None where none corrects them.
+
+    The ranks of a voice are those of each corrected sibling in turn, r each, r the largest rank among the voices.
+    """
+    places = [
+        (layer.name, columns)
+        for layer, columns in zip(siblings.layers, siblings.slices, strict=True)
+        if any(layer.name in voice.A for voice in voices)
+    ]
+    if not places:
+        return None
+    rank = max(voice.config.rank for voice in voices)
+    like = next(voice.A[places[0][0]] for voice in voices if places[0][0] in voice.A)
+    A = like.new_zeros(len(voices), len(places), rank, like.shape[1])
+    B = like.new_zeros(len(voices), len(places), rank, sum(siblings.widths))
+    for voice, voice_A, voice_B in zip(voices, A, B, strict=True):
+        own = voice.config.rank
+        for (name, columns), layer_A, layer_B in zip(places, voice_A, voice_B, strict=True):
             if name in voice.A:
-                A[at, : voice.config.rank] = voice.A[name] * voice.config.scaling
-                B[at, : voice.config.rank] = voice.B[name].t()
-        return A.flatten(0, 1), B.flatten(0, 1)
+                layer_A[:own] = voice.A[name] * voice.config.scaling
+                layer_B[:own, columns] = voice.B[name].t()
+    return A.flatten(0, 2), B.flatten(0, 2)

@@ -181,14 +181,24 @@ class Demand:
         masks = 0
         adapted = [architecture.linear[name] for name in self.adapted]
         low_rank = self.rank * len(adapted) // architecture.blocks
-        if self.dropout:  # each layer keeps its input with some of it dropped, and which
-            inputs = sum(into for into, _ in adapted) // architecture.blocks
+        if self.dropout:  # an input is kept with some of it dropped, and which
+            inputs = self._inputs_dropped() // architecture.blocks
             features, masks = features + inputs, inputs
         else:  # layers that read the same share it
             has_mlp = any(i in shape for shape in adapted)
             features += h + q + (h + i if has_mlp else 0)
         per_token = (features + low_rank) * element + masks + 2 * 4
         return batch.tokens * per_token + self._kept_by_an_mlp() + self._attention_elements() * element
+
+    def _inputs_dropped(self) -> int:
+        """Features. Layers that read the same drop the same, unless they are quantized (`lora.Siblings`)."""
+        linear = self.architecture.linear
+        if self.key.quantization != "none":
+            return sum(linear[name][0] for name in self.adapted)
+        # The last layer of a module (of attention, of an MLP) reads what its siblings before it have led to.
+        last = {name.rpartition(".")[0]: name for name in linear}
+        read = {(name.rpartition(".")[0], name in last.values()): linear[name][0] for name in self.adapted}
+        return sum(read.values())
 
     def _kept_by_an_mlp(self) -> int:
         """Its norm keeps its input, the activation function its own, and a gate both of its factors."""
