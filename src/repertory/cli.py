@@ -7,16 +7,18 @@ unreachable, 1 anything else.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -25,6 +27,10 @@ from rich.table import Table
 from repertory.contracts import Download
 from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError, StorageFailed, Unavailable
 from repertory.settings import Settings, settings
+
+if TYPE_CHECKING:  # loaded by the commands that need it: the others start faster
+    from repertory.service.accounts import Accounts
+    from repertory.service.organisations import Organisation
 
 EXIT_CODES: dict[type[RepertoryError], int] = {NotFound: 3, InvalidInput: 5, Conflict: 5, Unavailable: 8}
 DOWNLOAD_COLUMNS = (
@@ -200,10 +206,7 @@ def list_models(
         size = f"{model.size_bytes / 1e9:.2f} GB" if model.size_bytes >= 1e9 else f"{model.size_bytes / 1e6:.1f} MB"
         cells = (model.name, (model.revision or "")[:12], size, model.architecture, model.precision, model.source)
         table.add_row(*(escape(cell) for cell in (*cells, str(model.voices), model.state)))
-    wide = None if sys.stdout.isatty() else 200  # into a pipe or a file nothing is folded
-    Console(highlight=False, width=wide).print(
-        table if found else "There is none yet; a start unpacks the bundled one."
-    )
+    _print_table(table if found else "There is none yet; a start unpacks the bundled one.")
 
 
 @models.command("download")
@@ -248,6 +251,214 @@ def remove_model(
         removed = base_models.remove(name, machine_settings(), partial(typer.echo, err=True), force=force)
     for model in removed:
         typer.echo(f"{model.name}{f'@{model.revision}' if model.revision else ''} is removed")
+
+
+keys = typer.Typer(no_args_is_help=True, help="API keys: create, list, rotate, revoke.")
+app.add_typer(keys, name="keys")
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What it is for.")],
+    org: Annotated[str | None, typer.Option(help="Its organisation.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="infer, read, train, org-admin or admin; again for more of them.")
+    ] = None,
+    every_org: Annotated[bool, typer.Option("--every-org", help="For all organisations, in place of one.")] = False,
+    expires: Annotated[str | None, typer.Option(help="After how long: 90d, 12h, 30m.  [default: never]")] = None,
+) -> None:
+    """Make a key and show it, this once. With the first key the service begins to want one for every call."""
+    from repertory.service.keys import Scope
+
+    with complaining(), accounts() as service:
+        if (org is None) != every_org:
+            raise InvalidInput("A key is of one organisation or of all.", cure="Give either --org or --every-org.")
+        known = [one for one in scope or [Scope.INFER] if one in set(Scope)]
+        if scope and known != scope:
+            raise InvalidInput("There is no such scope.", cure=f"Choose from {', '.join(Scope)}.")
+        lifetime = None if expires is None else _duration(expires)
+        key, text = service.keys.create(
+            name=name, org_id=org, scopes=[Scope(one) for one in known], expires_in=lifetime
+        )
+    _show_key(key.id, text)
+
+
+@keys.command("list")
+def list_keys(
+    org: Annotated[str | None, typer.Option(help="Of one organisation alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+) -> None:
+    """The keys, newest first, also those that can no longer be used."""
+    with complaining(), accounts() as service:
+        found = service.keys.list(org)
+    if as_json:
+        rows = [asdict(key) | {"state": key.state} for key in found]
+        typer.echo(json.dumps(rows, indent=2, default=str))
+        return
+    table = Table("id", "name", "organisation", "scopes", "state", "made", "expires", "last used", box=None)
+    for key in found:
+        cells = (key.id, key.name, key.org_id or "(every)", " ".join(key.scopes), key.state)
+        times = (key.created_at, key.expires_at, key.last_used_at)
+        table.add_row(*(escape(cell) for cell in cells), *(_minute(time) for time in times))
+    _print_table(table if found else "There is none: the service is open to whoever reaches it.")
+
+
+@keys.command("rotate")
+def rotate_key(
+    key_id: Annotated[str, typer.Argument(help="The id of the key, as `repertory keys list` shows it.")],
+    grace: Annotated[str, typer.Option(help="How long the old one still works: 24h, 0m.")] = "24h",
+) -> None:
+    """Make a key of the same rights in the place of an old one, which still works for a while."""
+    with complaining(), accounts() as service:
+        key, text = service.keys.rotate(key_id, _duration(grace))
+    _show_key(key.id, text)
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="The id of the key, as `repertory keys list` shows it.")],
+) -> None:
+    """Have a key refused from the next request on."""
+    with complaining(), accounts() as service:
+        key = service.keys.revoke(key_id)
+    typer.echo(f"{key.id} is revoked")
+
+
+orgs = typer.Typer(no_args_is_help=True, help="Organisations: create, list, show, limits, delete.")
+app.add_typer(orgs, name="orgs")
+
+
+@orgs.command("create")
+def create_organisation(org: Annotated[str, typer.Argument(help="Its name.")]) -> None:
+    """Make an organisation, so that it can be given keys."""
+    from repertory.contracts import OrgId
+
+    with complaining(), accounts() as service:
+        try:
+            TypeAdapter(OrgId).validate_python(org)
+        except ValidationError:
+            raise InvalidInput(
+                "This is no name for an organisation.",
+                cure="Use 1 to 64 letters, digits, hyphens and underscores, beginning with a letter or a digit.",
+            ) from None
+        service.organisations.create(org)
+    typer.echo(f"{org} is there. A key for it: repertory keys create NAME --org {org}")
+
+
+@orgs.command("list")
+def list_organisations(
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON array instead of a table.")] = False,
+) -> None:
+    """The organisations, by name."""
+    with complaining(), accounts() as service:
+        found = service.organisations.list()
+    if as_json:
+        typer.echo(json.dumps([_organisation(one) for one in found], indent=2, default=str))
+        return
+    table = Table("organisation", "made", "speaks with", "limits of its own", "state", box=None)
+    for one in found:
+        own = ", ".join(f"{name}={value}" for name, value in one.limits.model_dump(exclude_unset=True).items())
+        state = "" if one.deletion_asked_at is None else "is being deleted"
+        table.add_row(one.org_id, _minute(one.created_at), one.promoted or "", own, state)
+    _print_table(table if found else "There is none.")
+
+
+@orgs.command("show")
+def show_organisation(org: Annotated[str, typer.Argument(help="Its name.")]) -> None:
+    """One organisation as JSON, with the limits that hold for it."""
+    with complaining(), accounts() as service:
+        shown = _organisation(service.organisations.get(org))
+        shown |= {"limits": service.organisations.limits(org).model_dump()}
+    typer.echo(json.dumps(shown, indent=2, default=str))
+
+
+@orgs.command("limits")
+def limit_organisation(
+    org: Annotated[str, typer.Argument(help="Its name.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(help="NAME=NUMBER, NAME=none or NAME=default, such as queued_jobs=10; none: show them."),
+    ] = None,
+) -> None:
+    """Set limits of one organisation, or show those that hold for it."""
+    from repertory.service.organisations import Limits
+
+    with complaining(), accounts() as service:
+        own = service.organisations.get(org).limits.model_dump(exclude_unset=True)
+        for change in changes or []:
+            name, _, value = change.partition("=")
+            if value == "default":
+                own.pop(name, None)
+            else:
+                own[name] = None if value == "none" else value
+        try:
+            limits = Limits.model_validate(own)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise InvalidInput(
+                f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}.",
+                cure=f"Known are {', '.join(Limits.model_fields)}; a value is a number, none or default.",
+            ) from None
+        if changes:
+            service.organisations.set_limits(org, limits)
+        holding = service.organisations.limits(org).model_dump()
+    for name, value in holding.items():
+        typer.echo(f"{name:<24} {'none' if value is None else value}{'' if name in own else '  (of everybody)'}")
+
+
+@orgs.command("delete")
+def delete_organisation(
+    org: Annotated[str, typer.Argument(help="Its name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete an organisation with all its keys, jobs, datasets and voices."""
+    from repertory.service.accounts import delete
+
+    with complaining(), accounts() as service:
+        service.organisations.get(org)
+        if not yes:
+            typer.confirm(f"Delete {org} with all its keys, jobs, datasets and voices, for ever?", abort=True)
+    with complaining():
+        delete(machine_settings(), org)
+    typer.echo(f"Nothing of {org} is left")
+
+
+@contextmanager
+def accounts() -> Iterator[Accounts]:
+    """Organisations and keys, straight from the database, whether or not a service is running on it."""
+    from repertory.service.accounts import Accounts
+
+    opened = Accounts(machine_settings())
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _show_key(key_id: str, text: str) -> None:
+    """The key alone on standard output, for scripts."""
+    typer.echo(f"The key {key_id}. It is not shown again; send it as: Authorization: Bearer …", err=True)
+    typer.echo(text)
+
+
+def _organisation(one: Organisation) -> dict[str, Any]:
+    return asdict(one) | {"limits": one.limits.model_dump(), "own_limits": one.limits.model_dump(exclude_unset=True)}
+
+
+def _duration(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,6})([mhd])", text)
+    if match is None:
+        raise InvalidInput(f"{text} is no length of time.", cure="Write a number and m, h or d: 30m, 12h, 90d.")
+    return timedelta(minutes=int(match[1]) * {"m": 1, "h": 60, "d": 1440}[match[2]])
+
+
+def _minute(time: datetime | None) -> str:
+    return "" if time is None else f"{time:%Y-%m-%d %H:%M}"
+
+
+def _print_table(what: Table | str) -> None:
+    wide = None if sys.stdout.isatty() else 200  # into a pipe or a file nothing is folded
+    Console(highlight=False, width=wide).print(what)
 
 
 @contextmanager

@@ -237,6 +237,13 @@ class AdapterRef(Contract):
     path: str  # absolute folder in PEFT format with a MANIFEST.json that verifies
 
 
+class Forgetting(Contract):
+    """An organisation is gone: its versions, and what is kept of its prompts, leave the memory."""
+
+    org_id: OrgId
+    training_ids: list[str]
+
+
 class GenerateRequest(Contract):
     request_id: str
     org_id: OrgId

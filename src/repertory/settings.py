@@ -38,6 +38,7 @@ class Settings(Hyperparameters, BaseSettings):
     huggingface_token: str | None = None
     hf_endpoint: str = Field("https://huggingface.co", pattern=r"^https?://[^\s/@]+(/[^\s@]*)?$")
     hf_hub_offline: bool = False
+    hf_allow_private_addresses: bool = False  # a public hub may lead to files inside a private network
     hf_hub_download_timeout: int = Field(30, ge=1)  # seconds in which a download must bring something
     allowed_base_models: str = ""  # comma-separated names with * as a wildcard; empty: any
     default_base_model: str = BUNDLED_MODEL
@@ -46,6 +47,16 @@ class Settings(Hyperparameters, BaseSettings):
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
     training_share: float = Field(0.2, ge=0, le=0.9)  # of the device's time while requests run; else all of it
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it
+
+    # Of each organisation, where it has no limit of its own (`repertory orgs limits`); unset: none
+    org_requests_per_minute: int | None = Field(None, ge=1)
+    org_tokens_per_minute: int | None = Field(None, ge=1)
+    org_concurrent_generations: int | None = Field(None, ge=1)
+    org_queued_jobs: int | None = Field(None, ge=0)
+    org_running_jobs: int | None = Field(None, ge=0)
+    org_training_tokens_per_day: int | None = Field(None, ge=0)
+    org_dataset_gb: float | None = Field(None, ge=0)
+    org_model_gb: float | None = Field(None, ge=0)
 
     min_training_samples: int = Field(1, ge=1)  # conversations; below 100 a job carries a warning
     validation_split: float = Field(0.1, ge=0, lt=1)

@@ -325,6 +325,8 @@ def test_an_unloaded_version_leaves_nothing_in_the_prefix_cache(base: Base) -> N
     drain(engine)
     assert len(in_flight.output_ids) == 12
     assert 0 < engine.prefixes.held_bytes < 0.2 * whole  # the bare base's
+    engine.forget("org", None)
+    assert engine.prefixes.held_bytes == 0
 
 
 def test_the_prefix_cache_stays_within_its_bytes(base: Base) -> None:

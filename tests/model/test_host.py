@@ -81,6 +81,12 @@ def test_a_voice_is_trained_loaded_asked_evaluated_and_unloaded(host: RunningHos
     assert [answer["instruction"] for answer in on_given["test_responses"]] == ["ok"]
     assert host.client.post("/adapters/unload", json=ref.model_dump()).status_code == 200
     assert host.health()["adapters"] == []
+    assert host.client.post("/adapters/load", json=ref.model_dump()).status_code == 200
+    gone = {"org_id": "org", "training_ids": ["train_1", "train_of_which_nothing_is_held"]}
+    assert host.client.post("/forget", json=gone | {"org_id": "other"}).status_code == 200
+    assert host.health()["adapters"] == ["train_1"]  # it is not theirs
+    assert host.client.post("/forget", json=gone).status_code == 200
+    assert host.health()["adapters"] == []
 
 
 def test_requests_are_answered_while_a_run_trains(host: RunningHost, make_spec: MakeSpec) -> None:

@@ -11,6 +11,8 @@ from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation, Message
 from repertory.service.datasets import Datasets
 from repertory.service.jobs import JobConfig, Jobs, Submission, request_hash
+from repertory.service.organisations import Organisations
+from repertory.service.quotas import Quotas
 from repertory.service.store import Store
 from repertory.settings import Settings
 from running_service import RunningService
@@ -64,8 +66,18 @@ def datasets(tmp_path: Path) -> Datasets:
 
 
 @pytest.fixture
-def jobs(store: Store, datasets: Datasets) -> Jobs:
-    return Jobs(store, datasets)
+def organisations(store: Store, clean_settings: Settings) -> Organisations:
+    return Organisations(store, clean_settings)
+
+
+@pytest.fixture
+def quotas(store: Store, organisations: Organisations, tmp_path: Path) -> Quotas:
+    return Quotas(store, organisations, tmp_path / "datasets", tmp_path / "finetuned")
+
+
+@pytest.fixture
+def jobs(store: Store, datasets: Datasets, quotas: Quotas) -> Jobs:
+    return Jobs(store, datasets, quotas)
 
 
 @pytest.fixture

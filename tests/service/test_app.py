@@ -82,7 +82,7 @@ def test_the_description_of_the_api_names_every_body(app: FastAPI) -> None:
         assert path.startswith(("/api/v1/", "/v1/"))
         for method, operation in methods.items():
             assert operation["summary"], (path, method)
-            assert ("requestBody" in operation) == (method == "post"), (path, method)
+            assert ("requestBody" in operation) == (method in ("post", "put")), (path, method)
 
 
 @pytest.mark.parametrize("allowed", ["ml-training", " ML-Training , other"])
@@ -100,9 +100,21 @@ def test_not_bound_to_loopback_every_host_is_answered_for(clean_settings: Settin
     app.state.service.store.close()
 
 
-def get_as(app: FastAPI, host: str) -> httpx.Response:
+def test_wherever_it_is_bound_pages_of_others_are_refused(clean_settings: Settings) -> None:
+    """Also where any Host is answered for, as in a container; behind a proxy the page is of the public name."""
+    app = create_app(clean_settings.model_copy(update={"host": "0.0.0.0"}))
+    for origin, status in (("https://voices.example", 200), ("https://evil.example", 403), ("null", 403)):
+        assert get_as(app, "voices.example", origin=origin).status_code == status
+    app.state.service.store.close()
+    named = create_app(clean_settings.model_copy(update={"host": "0.0.0.0", "allowed_hosts": "voices.example"}))
+    for origin, status in (("https://voices.example:8443", 200), ("http://localhost:3000", 403)):
+        assert get_as(named, "localhost:8300", origin=origin).status_code == status
+    named.state.service.store.close()
+
+
+def get_as(app: FastAPI, host: str, **headers: str) -> httpx.Response:
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{host}") as client:
-            return await client.get("/api/v1/health")
+            return await client.get("/api/v1/health", headers=headers)
 
     return asyncio.run(ask())

@@ -427,11 +427,14 @@ def test_giving_up_on_a_whole_reply_frees_its_rows(service: RunningService, vers
     eventually(lambda: running(service) == 0)
 
 
-@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "https://evil.example"}])
-def test_web_pages_of_others_get_nothing(service: RunningService, headers: dict[str, str]) -> None:
-    with client_of(service, default_headers=headers) as client, pytest.raises(openai.PermissionDeniedError) as refused:
+@pytest.mark.parametrize("header", ["host", "origin"])
+def test_web_pages_of_others_get_nothing(service: RunningService, header: str) -> None:
+    with (
+        client_of(service, default_headers={header: "https://evil.example"}) as client,
+        pytest.raises(openai.PermissionDeniedError) as refused,
+    ):
         client.models.list()
-    assert refused.value.code == "host_not_allowed"
+    assert refused.value.code == f"{header}_not_allowed"
 
 
 # Texts continued as they are

@@ -129,7 +129,7 @@ class Engine:
         self.scheduler.drop(sequence)
         self._release_finished()
 
-    def forget(self, org_id: str, training_id: str) -> None:
+    def forget(self, org_id: str, training_id: str | None) -> None:
         """A version was unloaded: nothing is kept of its prompts, nor of those in flight."""
         version = Version(org_id, training_id)
         self.prefixes.forget(version)

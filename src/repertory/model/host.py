@@ -36,6 +36,7 @@ from repertory.contracts import (
     Download,
     EstimateRequest,
     EvaluateRequest,
+    Forgetting,
     GenerateRequest,
     HostHealth,
     PreviewRequest,
@@ -276,6 +277,12 @@ def make_app(host: Host) -> Starlette:
         host.loop.unload(ref.org_id, ref.training_id)
         return JSONResponse({})
 
+    async def forget(request: Request) -> Response:
+        forgetting = await _body(request, Forgetting)
+        for training_id in (*forgetting.training_ids, None):  # None: what is kept of its prompts to the bare base
+            host.loop.unload(forgetting.org_id, training_id)
+        return JSONResponse({})
+
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RepertoryError)
         return JSONResponse({"error": error.info.model_dump()}, status_code=error.status)
@@ -297,6 +304,7 @@ def make_app(host: Host) -> Starlette:
             Route("/tokens", tokens, methods=["POST"]),
             Route("/adapters/load", load_adapter, methods=["POST"]),
             Route("/adapters/unload", unload_adapter, methods=["POST"]),
+            Route("/forget", forget, methods=["POST"]),
         ],
         exception_handlers={RepertoryError: refused, ClientDisconnect: nobody_listens},
     )

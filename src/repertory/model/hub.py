@@ -28,6 +28,7 @@ import httpx
 from repertory.catalogue import COMMIT, MAIN, Catalogue
 from repertory.errors import BaseModelUnavailable
 from repertory.manifest import sync_folder
+from repertory.model.addresses import is_proxied, leads_inside, was_inside
 from repertory.model.lock import alone
 from repertory.model.transfer import PASSING, Attempts, Patience, Progress, Refused, Stalled, Tell, append, body
 from repertory.settings import Settings
@@ -126,6 +127,7 @@ class Hub:
         self._token = settings.huggingface_token
         self._is_offline = settings.hf_hub_offline
         self._patience = patience or Patience(timeout_seconds=settings.hf_hub_download_timeout)
+        self._may_lead_inside = settings.hf_allow_private_addresses
         self._catalogue = Catalogue(settings.model_cache_dir)
 
     def fetch(
@@ -299,11 +301,16 @@ class Hub:
     def _get(
         self, client: httpx.Client, url: str, name: str, revision: str, headers: dict[str, str] | None = None
     ) -> Iterator[httpx.Response]:
-        """A successful answer. The token goes to the hub's own origin alone, wherever a redirect may lead."""
+        """A successful answer. The token goes to the hub's own origin alone, wherever a redirect may lead, and that is
+        to no private network, unless the hub is in one itself.
+        """
         authorization = {"authorization": f"Bearer {self._token}"} if self._token else {}
         request = client.build_request("GET", url, headers=(headers or {}) | authorization)
         for _ in range(MAX_REDIRECTS + 1):
             response = client.send(request, stream=True)
+            if self._is_outside(request.url) and was_inside(response):  # the name has changed its mind since
+                response.close()
+                raise self._leads_inside(name, request.url)
             following = response.next_request
             if following is None:
                 break
@@ -311,7 +318,9 @@ class Hub:
             if _origin(following.url) != _origin(httpx.URL(self._endpoint)):
                 following.headers.pop("authorization", None)
             if self._endpoint.startswith("https://") and following.url.scheme != "https":
-                raise self._no_hub(name)  # nothing on the way may lead to an unprotected or internal address
+                raise self._no_hub(name)  # nothing on the way may be unprotected
+            if self._is_outside(following.url) and leads_inside(following.url):
+                raise self._leads_inside(name, following.url)
             request = following
         else:
             raise self._no_hub(name)
@@ -403,6 +412,19 @@ class Hub:
                 f"{name} is not on this machine, and HF_HUB_OFFLINE forbids to ask the hub",
                 cure=f"Unset HF_HUB_OFFLINE. {self._other_ways(name)}",
             )
+
+    def _is_outside(self, url: httpx.URL) -> bool:
+        """Whether an address must be one of the open internet: somebody else's, which a public hub has led to."""
+        hub = httpx.URL(self._endpoint)
+        return not (self._may_lead_inside or url.host == hub.host or is_proxied(url) or leads_inside(hub))
+
+    def _leads_inside(self, name: str, url: httpx.URL) -> BaseModelUnavailable:
+        return BaseModelUnavailable(
+            f"{name} could not be downloaded: {self._endpoint} leads to {url.host}, which is in a private network",
+            code="private_address",
+            cure="If that is where a mirror of yours keeps its files, set HF_ALLOW_PRIVATE_ADDRESSES=true."
+            f" {self._other_ways(name)}",
+        )
 
     def _no_hub(self, name: str) -> BaseModelUnavailable:
         return BaseModelUnavailable(

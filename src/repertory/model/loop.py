@@ -81,9 +81,12 @@ class DeviceLoop:
     def cancel(self, sequence: Sequence) -> None:
         self._inbox.put(lambda: None if sequence.is_finished else self.engine.cancel(sequence))
 
-    def unload(self, org_id: str, training_id: str) -> None:
-        """Forget a version everywhere. Sequences in flight keep its adapter until they finish."""
-        self.voices.unload(org_id, training_id)
+    def unload(self, org_id: str, training_id: str | None) -> None:
+        """Forget a version (None: the bare base, for this organisation) everywhere. Sequences in flight keep its
+        adapter until they finish.
+        """
+        if training_id is not None:
+            self.voices.unload(org_id, training_id)
         self._inbox.put(lambda: self.engine.forget(org_id, training_id))
 
     def start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:

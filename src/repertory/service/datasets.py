@@ -154,8 +154,13 @@ class Datasets:
             sync_folder(folder.parent)
         return folder
 
+    def is_pending(self, org_id: str, name: str) -> bool:
+        return self._pending(org_id, name).is_dir()
+
     def discard_pending(self, org_id: str, training_id: str) -> None:
-        shutil.rmtree(self._pending(org_id, training_id))
+        shutil.rmtree(
+            self._pending(org_id, training_id), ignore_errors=True
+        )  # its organisation's deletion may be faster
 
     def conversations_path(self, org_id: str, training_id: str) -> Path:
         """Where the conversations of an accepted job lie, whether or not its submit came to its end."""

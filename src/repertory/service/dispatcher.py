@@ -20,6 +20,7 @@ from repertory.service.hosts import Host, Hosts
 from repertory.service.jobs import KIND, Job, Jobs, Pulse
 from repertory.service.lease import Lease
 from repertory.service.models import Models
+from repertory.service.quotas import Quotas
 from repertory.service.run import Run
 from repertory.service.store import NOT_NOW, Store, reason
 from repertory.settings import Settings
@@ -34,7 +35,14 @@ INTERRUPT_SECONDS = 10.0  # for the step that a run is at, and its checkpoint, w
 
 class Dispatcher:
     def __init__(
-        self, settings: Settings, store: Store, jobs: Jobs, datasets: Datasets, models: Models, hosts: Hosts
+        self,
+        settings: Settings,
+        store: Store,
+        jobs: Jobs,
+        datasets: Datasets,
+        models: Models,
+        hosts: Hosts,
+        quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -42,6 +50,7 @@ class Dispatcher:
         self._datasets = datasets
         self._models = models
         self._hosts = hosts
+        self._quotas = quotas
         self._owner = secrets.token_hex(8)  # of the leases of this process
         self._runs: dict[str, Run] = {}
         self._threads: dict[str, threading.Thread] = {}
@@ -155,6 +164,7 @@ class Dispatcher:
     def _start(self, job: Job) -> bool:
         host: Host | None = None
         try:
+            self._jobs.check_turn(job)  # before a host is started for it
             key = self._hosts.key(job.base_model, job.config.hyperparameters)
             if self._is_full(key):
                 raise Unavailable("Other trainings run on this base model, as many as MAX_CONCURRENT_TRAININGS allows.")
@@ -173,6 +183,8 @@ class Dispatcher:
         claimed: Job | None = None
         try:
             claimed = self._jobs.claim(job.id, self._owner, key.name)
+        except Unavailable as not_now:  # another service process has just begun one of its organisation's
+            self._jobs.wait(job, not_now.message)
         finally:
             if claimed is None and host is not None:
                 self._hosts.release(host)
@@ -188,7 +200,7 @@ class Dispatcher:
 
     def _run(self, job: Job, key: BaseKey, host: Host | None) -> None:
         log.info("run starts", training_id=job.id, org_id=job.org_id, epoch=job.lease_epoch, attempt=job.attempts + 1)
-        lease = Lease(self._store, job)
+        lease = Lease(self._store, job, self._quotas)
         run = Run(job, key, host, self._hosts, lease, self._stopping)
         thread = threading.Thread(target=self._follow, args=(job, run, lease), name=f"run-{job.id}", daemon=True)
         with self._lock:

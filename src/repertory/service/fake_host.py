@@ -43,6 +43,7 @@ from repertory.contracts import (
     EstimateRequest,
     EvaluateRequest,
     Evaluation,
+    Forgetting,
     GenerateRequest,
     HostHealth,
     Preview,
@@ -75,6 +76,7 @@ STEPS = int(os.environ.get("FAKE_HOST_STEPS", "10"))
 STEP_SECONDS = float(os.environ.get("FAKE_HOST_STEP_SECONDS", "0.02"))
 WORD_SECONDS = 0.02
 STEPS_PER_CHECKPOINT = 5
+TOKENS_PER_ROW = 100
 DEVICE = Device(kind="cpu", name="fake", memory_bytes=1 << 30, has_bf16=False)
 
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -271,7 +273,12 @@ class FakeHost:
         checkpoints = Path(spec.checkpoint_dir)
         done = self._newest_checkpoint(checkpoints)
         resolved = spec.hyperparameters.over(settings().hyperparameters).model_dump(exclude_none=True)
-        begin = {"hyperparameters": resolved, "train_conversations": rows, "warnings": ["a fake host trains nothing"]}
+        begin = {
+            "hyperparameters": resolved,
+            "train_conversations": rows,
+            "training_tokens": 100 * rows,
+            "warnings": ["a fake host trains nothing"],
+        }
         if done:
             begin["resumed_from_step"] = done
         yield RunEvent(kind="running", progress=done / (STEPS + 1), data=begin)
@@ -403,6 +410,10 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(None)
             case "/adapters/unload":
                 host.adapters.pop(AdapterRef.model_validate_json(body).training_id, None)
+                self._answer(None)
+            case "/forget":
+                for training_id in Forgetting.model_validate_json(body).training_ids:
+                    host.adapters.pop(training_id, None)
                 self._answer(None)
 
     def do_DELETE(self) -> None:

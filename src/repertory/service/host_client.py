@@ -19,6 +19,7 @@ from repertory.contracts import (
     EstimateRequest,
     EvaluateRequest,
     Evaluation,
+    Forgetting,
     GenerateRequest,
     HostHealth,
     Preview,
@@ -137,6 +138,16 @@ class HostClient:
 
     async def unload(self, adapter: AdapterRef) -> None:
         await self._post("/adapters/unload", adapter, timeout_seconds=TOKEN_SECONDS)
+
+    def forget(self, forgetting: Forgetting) -> None:
+        """Raises Unavailable if the host is lost; then nothing of it is in memory either."""
+        try:
+            with self._client(TOKEN_SECONDS) as client:
+                response = client.post("/forget", content=forgetting.model_dump_json())
+        except httpx.TransportError as error:
+            raise _gone() from error
+        if response.is_error:
+            raise _refusal(response.status_code, response.content)
 
     async def _post(self, path: str, body: BaseModel, timeout_seconds: float | None) -> bytes:
         try:

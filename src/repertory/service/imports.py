@@ -39,7 +39,8 @@ from repertory.manifest import write_durably
 from repertory.service.datasets import CONVERSATIONS, FORGET, PREPARED, Datasets
 from repertory.service.jobs import TERMINAL
 from repertory.service.models import Models
-from repertory.service.store import IMPORTS_LOCK, NOT_NOW, Store, datasets, ensure_organisation, jobs, now, reason
+from repertory.service.organisations import Organisations
+from repertory.service.store import IMPORTS_LOCK, NOT_NOW, Store, datasets, jobs, now, reason
 
 log = structlog.get_logger()
 
@@ -99,7 +100,8 @@ class _Work:
 
 
 class Imports:
-    def __init__(self, store: Store, files: Datasets, models: Models) -> None:
+    def __init__(self, store: Store, files: Datasets, models: Models, organisations: Organisations) -> None:
+        self._organisations = organisations
         self._models = models
         self._tokens: dict[tuple[str, str], TokenReport] = {}
         self._store = store
@@ -151,7 +153,7 @@ class Imports:
             self._files.claim_upload(org_id, dataset_id)
             try:
                 with self._store.write() as connection:
-                    ensure_organisation(connection, org_id)
+                    self._organisations.hold(connection, org_id)
                     connection.execute(
                         insert(datasets).values(
                             id=dataset_id,

@@ -25,9 +25,10 @@ from sqlalchemy.exc import IntegrityError
 
 from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation
-from repertory.errors import Conflict, ErrorInfo, InvalidInput, NotFound
+from repertory.errors import Conflict, ErrorInfo, InvalidInput, NotFound, RepertoryError
 from repertory.service.datasets import Datasets
-from repertory.service.store import Store, ensure_organisation, job_events, jobs, now, organisations
+from repertory.service.quotas import Quotas
+from repertory.service.store import Store, job_events, jobs, now, organisations
 
 KIND = "train_"  # how the ids begin
 FEW_CONVERSATIONS = 100  # below this a voice is seldom caught, and the job says so
@@ -155,16 +156,21 @@ class Accepted:
 
 
 class Jobs:
-    def __init__(self, store: Store, datasets: Datasets) -> None:
+    def __init__(self, store: Store, datasets: Datasets, quotas: Quotas) -> None:
         self._store = store
         self._datasets = datasets
+        self._quotas = quotas
 
     def submit(self, submission: Submission) -> Accepted:
-        """Once this returns, the job survives whatever happens to the process or the machine's power."""
+        """Once this returns, the job survives whatever happens to the process or the machine's power.
+
+        Raises TooManyRequests where the organisation may not have it.
+        """
         about = (submission.org_id, submission.idempotency_key, submission.request_hash)
         earlier = self.earlier(*about)
         if earlier is not None:
             return earlier
+        self._quotas.check_models(submission.org_id)
         job_id = f"{KIND}{secrets.token_hex(8)}"
         if submission.conversations is not None:
             self._datasets.write_pending(submission.org_id, job_id, submission.conversations, submission.findings)
@@ -172,8 +178,11 @@ class Jobs:
             assert submission.dataset_id is not None
             self._datasets.link_pending(submission.org_id, job_id, submission.dataset_id)
         try:
+            self._quotas.check_datasets(submission.org_id, coming_bytes=0)  # with what was just written
             with self._store.write() as connection:
-                ensure_organisation(connection, submission.org_id)
+                self._quotas.admit(connection, submission.org_id)
+                if not self._datasets.is_pending(submission.org_id, job_id):
+                    raise Conflict("This organisation was deleted in this moment.", code="organisation_deleted")
                 _insert_job(connection, job_id, submission)
                 tell(connection, job_id, Status.QUEUED, {})
         except IntegrityError:
@@ -182,6 +191,9 @@ class Jobs:
             if earlier is None:
                 raise
             return earlier
+        except RepertoryError:
+            self._datasets.discard_pending(submission.org_id, job_id)
+            raise
         self._datasets.conversations_path(submission.org_id, job_id)
         return Accepted(job=self.get(job_id), is_replay=False)
 
@@ -235,6 +247,8 @@ class Jobs:
     def claim(self, job_id: str, owner: str, base_model: str | None = None) -> Job | None:
         """Take a queued job, or None if it is no longer there to be taken. Its new `lease_epoch` is the claim's.
 
+        Raises Unavailable where the organisation may not run it now.
+
         `base_model` is its name with the commit, as far as that is known: a resumed run is on the same weights.
         """
         with self._store.write() as connection:
@@ -254,9 +268,15 @@ class Jobs:
                 return None
             connection.execute(
                 update(organisations).where(organisations.c.org_id == taken.org_id).values(last_run_at=now())
-            )
+            )  # which holds the organisation, so what it runs is counted once at a time
+            self._quotas.check_turn(connection, taken.org_id, job_id)
             enter(connection, job_id, Status.PREPARING, started_at=taken.started_at or now())
             return Job.from_row(connection.execute(select(jobs).where(jobs.c.id == job_id)).one())
+
+    def check_turn(self, job: Job) -> None:
+        """Raises Unavailable with the reason why its organisation may not run it yet."""
+        with self._store.read() as connection:
+            self._quotas.check_turn(connection, job.org_id, job.id)
 
     def wait(self, job: Job, reason: str) -> None:
         """Say why a queued job does not run yet."""

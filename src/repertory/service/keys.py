@@ -19,7 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from sqlalchemy import Row, insert, select, update
@@ -41,6 +41,7 @@ SHAPE = re.compile(
     rf"({PREFIX}_([0-9A-Za-z]{{{ID_CHARACTERS}}})_([0-9A-Za-z]{{{SECRET_CHARACTERS}}}))"
     rf"_([0-9A-Za-z]{{{CHECKSUM_CHARACTERS}}})"
 )
+GRACE = timedelta(hours=24)  # in which a rotated key still works
 LAST_USED_SECONDS = 60.0  # how exactly the time of the last use is known: more often is not written
 
 
@@ -78,7 +79,7 @@ class Key:
     last_used_at: datetime | None
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["active", "expired", "revoked"]:
         if self.revoked_at is not None:
             return "revoked"
         return "expired" if self.expires_at is not None and self.expires_at <= now() else "active"
@@ -176,7 +177,7 @@ class Keys:
                     id=key_id,
                     org_id=org_id,
                     name=name,
-                    scopes=sorted(scopes),
+                    scopes=sorted(set(scopes)),
                     digest=_digest(secret, key_id, random),
                     created_at=now(),
                     expires_at=None if expires_in is None else now() + expires_in,
@@ -184,7 +185,6 @@ class Keys:
                 .returning(api_keys)
             ).one()
         body = f"{PREFIX}_{key_id}_{random}"
-        log.info("API key made", key_id=key_id, org_id=org_id, scopes=sorted(scopes))
         return Key.from_row(row), f"{body}_{_checksum(body)}"
 
     def list(self, org_id: str | None = None) -> list[Key]:
@@ -220,7 +220,6 @@ class Keys:
                 .where(api_keys.c.id == key.id, api_keys.c.revoked_at.is_(None))
                 .values(revoked_at=now())
             )
-        log.info("API key revoked", key_id=key.id)
         return self.get(key.id)
 
     def rotate(self, key_id: str, grace: timedelta, org_id: str | None = None) -> tuple[Key, str]:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, delete, insert, update
 from repertory.contracts import BaseKey, RunEvent
 from repertory.errors import ErrorInfo
 from repertory.service.jobs import ACTIVE, Job, Status, enter, fail, requeue, tell
+from repertory.service.quotas import Quotas
 from repertory.service.store import Store, jobs, metrics, model_versions, now, organisations
 
 MAX_LOST_HOSTS = 3  # without a new checkpoint in between; then it is the job that kills them
@@ -28,13 +29,17 @@ class LeaseLost(Exception):
 
 
 class Lease:
-    def __init__(self, store: Store, claimed: Job) -> None:
+    def __init__(self, store: Store, claimed: Job, quotas: Quotas | None = None) -> None:
         self._store = store
+        self._quotas = quotas  # None: whatever the run turns out to be, it may be
         self._job_id = claimed.id
         self._epoch = claimed.lease_epoch
 
     def record(self, event: RunEvent) -> Job:
-        """Write down one event that does not end the run. Returns the job as it now is."""
+        """Write down one event that does not end the run. Returns the job as it now is.
+
+        Raises JobFailed where the run turns out to be more than its organisation may train today.
+        """
         data = _finite(event.data)
         with self._held() as (connection, job):
             metadata = dict(job.metadata)
@@ -48,6 +53,8 @@ class Lease:
                     _forget_metrics_after(connection, job.id, data.get("resumed_from_step") or 0)
                     metadata |= data
                     metadata["phase"] = data.get("phase", "training")
+                    if self._quotas is not None:
+                        self._quotas.check_run(connection, job.org_id, job.id, metadata)
                     if job.status == Status.PREPARING:
                         enter(connection, job.id, Status.RUNNING)
                 case "step":

@@ -133,6 +133,11 @@ class Models:
         with self._store.read() as connection:
             return set(connection.execute(select(model_versions.c.org_id).distinct()).scalars())
 
+    def forget(self, org_id: str) -> None:
+        """Its folders are gone."""
+        for folder in [folder for folder in self._verified if folder.parent.name == org_id]:
+            self._verified.pop(folder, None)
+
     def _version(self, row: Row[Any]) -> Version:
         return Version(
             training_id=row.training_id,

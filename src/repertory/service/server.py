@@ -34,6 +34,7 @@ def serve() -> int:
     except RepertoryError as error:
         return _say_no(f"{error.message}. {error.cure}")
     logs.configure(present.log_level)
+    os.umask(0o077)  # conversations, voices and keys are no business of the machine's other users
     try:
         listener = _listen(present)
     except UnicodeError:  # a name that no resolver would take
@@ -60,6 +61,7 @@ def serve() -> int:
                 access_log=False,
                 lifespan="on",
                 server_header=False,
+                proxy_headers=False,  # whatever a proxy or a client says of addresses: nothing decides by it
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )

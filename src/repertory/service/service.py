@@ -6,11 +6,14 @@ import structlog
 
 from repertory.service.datasets import Datasets
 from repertory.service.dispatcher import Dispatcher
+from repertory.service.erasure import Erasure
 from repertory.service.hosts import Hosts
 from repertory.service.imports import Imports
 from repertory.service.jobs import Jobs
 from repertory.service.keys import Keys, ServiceSecret
 from repertory.service.models import Models
+from repertory.service.organisations import Organisations
+from repertory.service.quotas import Quotas
 from repertory.service.store import Store
 from repertory.settings import Settings
 
@@ -25,12 +28,26 @@ class Service:
         self.store.migrate()
         self.keys = Keys(self.store, ServiceSecret(settings))
         self.keys.check_secret()
+        self.organisations = Organisations(self.store, settings)
         self.datasets = Datasets(settings.dataset_dir)
-        self.jobs = Jobs(self.store, self.datasets)
+        self.quotas = Quotas(self.store, self.organisations, settings.dataset_dir, settings.finetuned_model_dir)
+        self.jobs = Jobs(self.store, self.datasets, self.quotas)
         self.models = Models(self.store, settings.finetuned_model_dir)
-        self.imports = Imports(self.store, self.datasets, self.models)
+        self.imports = Imports(self.store, self.datasets, self.models, self.organisations)
         self.hosts = Hosts(settings)
-        self.dispatcher = Dispatcher(settings, self.store, self.jobs, self.datasets, self.models, self.hosts)
+        self.dispatcher = Dispatcher(
+            settings, self.store, self.jobs, self.datasets, self.models, self.hosts, self.quotas
+        )
+
+        self.erasure = Erasure(
+            self.store,
+            self.jobs,
+            self.imports,
+            self.models,
+            self.hosts,
+            self.dispatcher.cancel,
+            (settings.dataset_dir, settings.finetuned_model_dir, settings.checkpoint_dir),
+        )
 
     def start(self) -> None:
         if not self.keys.are_required():
@@ -38,9 +55,11 @@ class Service:
         self.hosts.start()
         self.dispatcher.start()
         self.imports.start()
+        self.erasure.start()
 
     def stop(self) -> None:
         """Jobs that run now write a checkpoint and go back into the queue; the next start goes on with them."""
+        self.erasure.stop()
         self.imports.stop()
         self.dispatcher.stop()
         self.hosts.stop()

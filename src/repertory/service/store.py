@@ -206,15 +206,16 @@ def ensure_organisation(connection: Connection, org_id: str) -> None:
 class Store:
     """The one door to the database. Threads may share it."""
 
-    def __init__(self, database_url: str) -> None:
-        """Connects to nothing yet, but takes an SQLite file for this process alone. Raises InvalidInput, Conflict."""
+    def __init__(self, database_url: str, *, alone: bool = True) -> None:
+        """Connects to nothing yet, but takes an SQLite file for this process `alone`. Raises InvalidInput, Conflict."""
         url = _url(database_url)
         self._lock_file: TextIO | None = None
         self._held: list[Connection] = []
         if url.get_backend_name() == "sqlite":
             if url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-                self._lock_file = _hold_alone(Path(f"{url.database}.lock"))
+                if alone:
+                    self._lock_file = _hold_alone(Path(f"{url.database}.lock"))
             self._engine = _sqlite(url)
         else:
             self._engine = _postgresql(url)
@@ -280,6 +281,14 @@ class Store:
         """The schema that is there; None: none yet. Raises one of NOT_NOW if there is no database."""
         with self.read() as connection:
             return MigrationContext.configure(connection).get_current_revision()
+
+    def scrub(self) -> None:
+        """After a deletion: nothing of it is in the log of writes either. PostgreSQL frees it at its next vacuum."""
+        if self._engine.dialect.name == "sqlite":
+            with self._engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(
+                    "PRAGMA wal_checkpoint(TRUNCATE)"
+                )
 
     def close(self) -> None:
         for connection in self._held:
@@ -378,6 +387,7 @@ def _sqlite(url: URL) -> Engine:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")  # with NORMAL a power cut may take back the last commits
         cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, not only forgotten
         cursor.close()
 
     @event.listens_for(engine, "begin")

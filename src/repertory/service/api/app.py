@@ -13,18 +13,24 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from repertory.data.imports import ImportOptions
-from repertory.service.api import datasets, errors, events, inference, openai, training
+from repertory.service.api import admin, datasets, errors, events, inference, openai, training
+from repertory.service.api.admin import NewKey, NewOrganisation, RotateKey
 from repertory.service.api.datasets import NewDataset
 from repertory.service.api.deps import authenticated, strict_query
 from repertory.service.api.envelope import Envelope
 from repertory.service.api.openai_schemas import ChatCompletion, TextCompletion
 from repertory.service.api.schemas import EvaluateModel, Generate, StartTraining, WhichModel
+from repertory.service.organisations import Limits
 from repertory.service.service import Service
 from repertory.settings import Settings
 
 PREFIX = "/api/v1"
 OPENAI_PREFIX = "/v1"
 BODIES: dict[str, type[BaseModel]] = {
+    f"{PREFIX}/admin/keys": NewKey,
+    f"{PREFIX}/admin/keys/{{key_id}}/rotate": RotateKey,
+    f"{PREFIX}/admin/orgs": NewOrganisation,
+    f"{PREFIX}/admin/orgs/{{org_id}}/limits": Limits,
     f"{PREFIX}/training/start": StartTraining,
     f"{PREFIX}/training/estimate": StartTraining,
     f"{PREFIX}/training/evaluate": EvaluateModel,
@@ -35,6 +41,7 @@ BODIES: dict[str, type[BaseModel]] = {
     f"{OPENAI_PREFIX}/chat/completions": ChatCompletion,
     f"{OPENAI_PREFIX}/completions": TextCompletion,
 }
+OPTIONAL = (WhichModel, RotateKey)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -55,10 +62,11 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        responses=errors.DOCUMENTED,
     )
     app.state.service = service
     guarded = [Depends(authenticated), Depends(strict_query)]
-    for router in (training.router, events.router, datasets.router, inference.router):
+    for router in (training.router, events.router, datasets.router, inference.router, admin.router):
         app.include_router(router, prefix=PREFIX, dependencies=guarded)
     app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=guarded)
     app.include_router(inference.health_router, prefix=PREFIX, dependencies=[Depends(strict_query)])
@@ -84,7 +92,9 @@ def _describe_bodies(app: FastAPI) -> None:
             schema["paths"][f"{PREFIX}/datasets"]["post"]["requestBody"] = {"content": form, "required": True}
             for path, model in BODIES.items():
                 content = {"application/json": {"schema": references[model, "validation"]}}
-                schema["paths"][path]["post"]["requestBody"] = {"content": content, "required": model is not WhichModel}
+                body = {"content": content, "required": model not in OPTIONAL}
+                operations = schema["paths"][path]
+                operations["put" if "put" in operations else "post"]["requestBody"] = body
         return app.openapi_schema or schema
 
     app.openapi = openapi  # type: ignore[method-assign]

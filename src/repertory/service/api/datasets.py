@@ -13,7 +13,7 @@ from repertory.data.imports import ImportOptions
 from repertory.errors import InvalidInput, Unavailable
 from repertory.service.api.body import body_of
 from repertory.service.api.deps import MayRead, MayTrain, OrgIdQuery, ServiceDep
-from repertory.service.api.errors import ApiError, InvalidRequest, problem
+from repertory.service.api.errors import InvalidRequest, problem
 from repertory.service.api.replies import any_host
 from repertory.service.api.schemas import (
     Consent,
@@ -52,7 +52,8 @@ class NewDataset(ImportOptions):
 @router.post("", status_code=202)
 async def send(service: ServiceDep, caller: MayTrain, request: Request) -> DatasetAccepted:
     """Accept an export. Once this is answered, it survives a restart, a crash and a power cut."""
-    _refuse_other_pages(request)
+    if caller.org_id is not None:
+        await run_in_threadpool(service.quotas.check_datasets, caller.org_id)  # before anything comes
     dataset_id = new_id()
     folder = await run_in_threadpool(service.datasets.new_upload, dataset_id)
     try:
@@ -60,11 +61,12 @@ async def send(service: ServiceDep, caller: MayTrain, request: Request) -> Datas
         into.mkdir()
         upload = await receive(request, into, int(service.settings.max_upload_gb * (1 << 30)))
         asked = _asked(upload.fields)
-        caller.organisation(asked.org_id)
+        org_id = caller.organisation(asked.org_id)
+        await run_in_threadpool(service.quotas.check_datasets, org_id, upload.file_bytes)
         await run_in_threadpool(asked.options.check)
         dataset = await run_in_threadpool(
             service.imports.accept,
-            asked.org_id,
+            org_id,
             dataset_id,
             upload.file_name or "",
             upload.file_bytes,
@@ -172,7 +174,9 @@ def prepare(
 ) -> DatasetAccepted:
     """Prepare it, again where it was already, with these options in place of all those before."""
     options.check()
-    dataset = service.imports.prepare(dataset_id, caller.narrowed(org_id), options)
+    dataset = service.imports.get(dataset_id, caller.narrowed(org_id))
+    service.quotas.check_datasets(dataset.org_id)
+    dataset = service.imports.prepare(dataset.id, dataset.org_id, options)
     return DatasetAccepted(dataset_id=dataset.id, status=dataset.status)
 
 
@@ -195,18 +199,6 @@ def _asked(fields: dict[str, list[str]]) -> NewDataset:
         raise InvalidRequest(
             [problem(details, known) for details in error.errors(include_input=False, include_url=False)]
         ) from None
-
-
-def _refuse_other_pages(request: Request) -> None:
-    """A page of another origin can have a browser send a form without asking for leave."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise ApiError(
-            403,
-            "origin_not_allowed",
-            "The form comes from a page of another origin.",
-            "Send it from a program, or from a page of this service.",
-        )
 
 
 def _status(dataset: Dataset, service: Service, report: dict[str, Any] | None = None) -> DatasetStatus:

@@ -23,6 +23,7 @@ SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Envelope:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
+        self._named_hosts = _named_hosts(settings)
         self._allowed_hosts = _allowed_hosts(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,6 +45,7 @@ class Envelope:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 self._check_host(headers)
+                self._check_origin(headers)
                 await self._app(scope, receive, send_with_id)
             except RepertoryError as error:
                 await error_response(error.info, request_id)(scope, receive, send_with_id)
@@ -56,12 +58,7 @@ class Envelope:
 
     def _check_host(self, headers: Headers) -> None:
         """A web page that has its name resolve to 127.0.0.1 gets nothing: its requests carry that name."""
-        if self._allowed_hosts is None:
-            return
-        names = {re.sub(r":\d*$", "", headers.get("host", "")).lower()}
-        if (origin := headers.get("origin")) is not None:  # sent by a browser: the page must be one of ours too
-            names.add(re.sub(r":\d*$", "", origin.partition("://")[2]).lower())
-        if not names <= self._allowed_hosts:
+        if self._allowed_hosts is not None and _name(headers.get("host", "")) not in self._allowed_hosts:
             raise ApiError(
                 403,
                 "host_not_allowed",
@@ -69,12 +66,34 @@ class Envelope:
                 "Call it as localhost or 127.0.0.1, or add the name to ALLOWED_HOSTS.",
             )
 
+    def _check_origin(self, headers: Headers) -> None:
+        """A browser sends forms, and requests without a body, for any page, and says whose page it is."""
+        if "origin" not in headers:
+            return
+        page = headers["origin"].partition("://")[2].lower()
+        if page != headers.get("host", "").lower() and _name(page) not in self._named_hosts:
+            raise ApiError(
+                403,
+                "origin_not_allowed",
+                "The request comes from a page of another origin.",
+                "Send it from a program or from a page of this service, or add the page's host to ALLOWED_HOSTS.",
+            )
+
+
+def _name(authority: str) -> str:
+    """Without the port."""
+    return re.sub(r":\d*$", "", authority).lower()
+
+
+def _named_hosts(settings: Settings) -> frozenset[str]:
+    return frozenset(name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip())
+
 
 def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
     """None: all. A container is reached under names that nobody can foresee, so only loopback is checked by itself."""
-    named = [name.strip().lower() for name in settings.allowed_hosts.split(",") if name.strip()]
+    named = _named_hosts(settings)
     if named:
-        return frozenset([*named, *LOOPBACK])
+        return named | frozenset(LOOPBACK)
     return frozenset(LOOPBACK) if settings.host in ("localhost", "127.0.0.1", "::1") else None
 
 

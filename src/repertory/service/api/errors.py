@@ -57,6 +57,30 @@ class InvalidRequest(InvalidInput):
         self.problems = problems
 
 
+class Problem(BaseModel):
+    code: str
+    message: str
+    param: str | None  # a path into the request
+    cure: str
+
+
+class Error(Problem):
+    type: str
+    request_id: str
+    details: list[Problem] = []  # where there are several
+
+
+class ErrorBody(BaseModel):
+    error: Error
+
+
+# What any route may answer besides its own, for the description of the API.
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503)
+}
+
+
 def install(app: FastAPI) -> None:
     """Every exception that can reach the edge, and the answer it gets."""
 
@@ -72,7 +96,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         response = error_response(_of_routing(error.status_code), request.state.request_id)
-        response.headers.update(error.headers or {})  # 405 says what is allowed
+        if error.status_code == 405:
+            response.headers["allow"] = _allowed(request)
         return response
 
     async def storage(request: Request, error: Exception) -> Response:
@@ -151,7 +176,7 @@ def problem(details: ErrorDetails | dict[str, Any], known_fields: Sequence[str] 
             code = "unknown_field"
             near = get_close_matches(name, known_fields, n=1)
             cure = f"Did you mean {near[0]}?" if near else "Remove it, or check how it is spelled in /openapi.json."
-        case "string_pattern_mismatch" if name == "org_id":
+        case "string_pattern_mismatch" if name in ("org_id", "name"):
             cure = "Use 1 to 64 letters, digits, hyphens and underscores, beginning with a letter or a digit."
         case "literal_error" if name == "role":
             cure = "Call the person whose voice is learned assistant, the others user, and instructions system."
@@ -198,6 +223,14 @@ def _sentence(path: str, message: str) -> str:
 def field_names(model: type[BaseModel]) -> list[str]:
     """Which a misspelled one may have meant."""
     return [*model.model_fields, *Hyperparameters.model_fields]
+
+
+def _allowed(request: Request) -> str:
+    """The methods of an address. Starlette names those of the first route alone."""
+    route, first = request.scope["route"].path_format, request.url.path.split("/")[1]
+    paths = request.app.openapi()["paths"]
+    same = [path for path in paths if path.endswith(route) and path.split("/")[1] == first]
+    return ", ".join(sorted({method.upper() for path in same for method in paths[path]}))
 
 
 def _of_routing(status: int) -> ErrorInfo:

@@ -29,6 +29,7 @@ from repertory.service.api.deps import (
 from repertory.service.api.errors import error_body
 from repertory.service.api.replies import (
     END,
+    OR_EVENTS,
     EventStream,
     Voice,
     chain,
@@ -61,7 +62,7 @@ router = APIRouter(tags=["inference"])
 health_router = APIRouter(tags=["health"])  # needs no key
 
 
-@router.post("/generate", response_model=Generated)
+@router.post("/generate", response_model=Generated, responses=OR_EVENTS)
 async def generate(
     request: Request,
     service: ServiceDep,

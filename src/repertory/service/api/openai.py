@@ -24,7 +24,7 @@ from repertory.service.api.body import body_of
 from repertory.service.api.deps import Caller, MayInfer, ServiceDep
 from repertory.service.api.errors import error_body
 from repertory.service.api.openai_schemas import ChatCompletion, Completing, TextCompletion
-from repertory.service.api.replies import END, EventStream, Voice, chain, event, reply, unavailable
+from repertory.service.api.replies import END, OR_EVENTS, EventStream, Voice, chain, event, reply, unavailable
 from repertory.service.models import LATEST, Version
 from repertory.service.service import Service
 
@@ -53,7 +53,7 @@ class OpenAIRoute(APIRoute):
 router = APIRouter(tags=["openai"], route_class=OpenAIRoute)
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=OR_EVENTS)
 async def chat_completions(
     request: Request,
     service: ServiceDep,
@@ -67,7 +67,7 @@ async def chat_completions(
     return await _answer(request, service, caller, body, [conversation], body.reply_limit, is_chat=True)
 
 
-@router.post("/completions")
+@router.post("/completions", responses=OR_EVENTS)
 async def completions(
     request: Request,
     service: ServiceDep,

@@ -21,6 +21,7 @@ from repertory.service.service import Service
 
 FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
 END = "data: [DONE]\n\n"
+OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 T = TypeVar("T")
 

@@ -9,17 +9,17 @@ from typing import Annotated, Any
 
 import anyio
 import structlog
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from repertory.connection import unless_disconnected
-from repertory.contracts import Download, EstimateRequest, EvaluateRequest
+from repertory.contracts import Download, EstimateRequest, EvaluateRequest, OrgId
 from repertory.data.findings import findings_of
 from repertory.data.imports import ImportSummary
 from repertory.data.preparation.inline import inspect
 from repertory.errors import DataUnusable, InvalidInput, Unavailable
 from repertory.service.api.body import body_of
-from repertory.service.api.deps import MayRead, MayTrain, OrgIdPath, ServiceDep
+from repertory.service.api.deps import MayRead, MayTrain, ServiceDep
 from repertory.service.api.replies import any_host, ready_host
 from repertory.service.api.schemas import (
     EvaluateModel,
@@ -115,8 +115,9 @@ def status(service: ServiceDep, caller: MayRead, training_id: str) -> TrainingSt
     return _status(job, service.jobs.queue_positions(), service.hosts.downloads())
 
 
-@router.get("/jobs/{org_id}")
-def jobs(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> TrainingJobs:
+# Of an organisation when it is read, of a job when it is cancelled: one address, so one name in the description.
+@router.get("/jobs/{name}")
+def jobs(service: ServiceDep, caller: MayRead, org_id: Annotated[OrgId, Path(alias="name")]) -> TrainingJobs:
     """Newest first."""
     caller.organisation(org_id)
     positions = service.jobs.queue_positions()
@@ -124,8 +125,10 @@ def jobs(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> TrainingJob
     return TrainingJobs(jobs=[_status(job, positions, downloads) for job in service.jobs.of_organisation(org_id)])
 
 
-@router.delete("/jobs/{training_id}")
-async def cancel(service: ServiceDep, caller: MayTrain, training_id: str) -> TrainingCancelled:
+@router.delete("/jobs/{name}")
+async def cancel(
+    service: ServiceDep, caller: MayTrain, training_id: Annotated[str, Path(alias="name")]
+) -> TrainingCancelled:
     """Answered when the run has really stopped."""
     await run_in_threadpool(service.jobs.get, training_id, caller.org_id)
     # With a limiter of its own: however many wait here, the threads that answer other requests stay free.
