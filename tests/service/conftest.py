@@ -11,7 +11,7 @@ from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation, Message
 from repertory.service.datasets import Datasets
 from repertory.service.jobs import JobConfig, Jobs, Submission, request_hash
-from repertory.service.organisations import Organisations
+from repertory.service.organisations import Limits, Organisations
 from repertory.service.quotas import Quotas
 from repertory.service.store import Store
 from repertory.settings import Settings
@@ -66,8 +66,8 @@ def datasets(tmp_path: Path) -> Datasets:
 
 
 @pytest.fixture
-def organisations(store: Store, clean_settings: Settings) -> Organisations:
-    return Organisations(store, clean_settings)
+def organisations(store: Store) -> Organisations:
+    return Organisations(store, Limits())
 
 
 @pytest.fixture

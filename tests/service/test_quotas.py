@@ -185,10 +185,8 @@ def test_voices_fill_their_room(submit: Submit, limit: Limit, tmp_path: Path) ->
     assert "voices" in refused.value.message
 
 
-def test_everybodys_limit_holds_where_none_is_set(
-    store: Store, datasets: Datasets, clean_settings: Any, tmp_path: Path
-) -> None:
-    everybody = Organisations(store, clean_settings.model_copy(update={"org_queued_jobs": 1}))
+def test_everybodys_limit_holds_where_none_is_set(store: Store, datasets: Datasets, tmp_path: Path) -> None:
+    everybody = Organisations(store, Limits(queued_jobs=1))
     jobs = Jobs(store, datasets, Quotas(store, everybody, tmp_path / "datasets", tmp_path / "finetuned"))
     jobs.submit(submission("org"))
     with pytest.raises(TooManyRequests):

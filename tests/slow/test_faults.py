@@ -27,6 +27,7 @@ from repertory.service.jobs import JobConfig, Jobs, Submission
 from repertory.service.store import Store
 from repertory_fixtures import conversation
 from running_service import CONVERSATION, RunningService, eventually
+from unlimited import unlimited
 
 from .disks import filled, small_disk
 
@@ -57,7 +58,7 @@ def job_table(folder: Path, database_url: str) -> Iterator[Jobs]:
     """Of a service that is not running now."""
     store = Store(database_url)
     store.migrate()
-    yield Jobs(store, Datasets(folder / "models/datasets"))
+    yield Jobs(store, Datasets(folder / "models/datasets"), unlimited(store))
     store.close()
 
 
@@ -182,9 +183,12 @@ import sys
 from pathlib import Path
 from repertory.service.datasets import Datasets
 from repertory.service.jobs import Jobs
+from repertory.service.organisations import Limits, Organisations
+from repertory.service.quotas import Quotas
 from repertory.service.store import Store
 store = Store(sys.argv[1])
-jobs = Jobs(store, Datasets(Path(sys.argv[2])))
+quotas = Quotas(store, Organisations(store, Limits()), Path("none"), Path("none"))
+jobs = Jobs(store, Datasets(Path(sys.argv[2])), quotas)
 sys.stdin.readline()
 print(*[job.id for job in jobs.queue() if jobs.claim(job.id, sys.argv[3]) is not None])
 """

@@ -31,6 +31,7 @@ from repertory.service.datasets import Datasets
 from repertory.service.jobs import ACTIVE, COMES_FROM, TERMINAL, Jobs, Status
 from repertory.service.store import Store, metrics
 from running_service import CONVERSATION, RunningService, eventually
+from unlimited import unlimited
 
 from .disks import filled, small_disk
 
@@ -222,7 +223,7 @@ class Soak:
 
     def check_invariants(self, database_url: str) -> None:
         store = Store(database_url)
-        jobs = Jobs(store, Datasets(self.disk / "datasets"))
+        jobs = Jobs(store, Datasets(self.disk / "datasets"), unlimited(store))
         with store.read() as connection:
             steps: dict[str, list[int]] = {}
             for job_id, step in connection.execute(select(metrics.c.job_id, metrics.c.step).order_by(metrics.c.step)):

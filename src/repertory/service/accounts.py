@@ -7,7 +7,7 @@ from time import monotonic, sleep
 from repertory.errors import Conflict, Unavailable
 from repertory.service import erasure
 from repertory.service.keys import Keys, ServiceSecret
-from repertory.service.organisations import Organisations
+from repertory.service.organisations import Limits, Organisations
 from repertory.service.service import Service
 from repertory.service.store import Store
 from repertory.settings import Settings
@@ -21,7 +21,7 @@ class Accounts:
         self._store = Store(settings.database_url, alone=False)
         self._store.migrate()
         self.keys = Keys(self._store, ServiceSecret(settings))
-        self.organisations = Organisations(self._store, settings)
+        self.organisations = Organisations(self._store, Limits.of_everybody(settings))
 
     def close(self) -> None:
         self._store.close()

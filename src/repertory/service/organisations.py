@@ -58,9 +58,10 @@ class Organisation:
 
 
 class Organisations:
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, everybody: Limits) -> None:
+        """`everybody`: the limits of those that have none of their own."""
         self._store = store
-        self._everybody = Limits.of_everybody(settings)
+        self._everybody = everybody
 
     def create(self, org_id: str) -> Organisation:
         """Raises Conflict if it is there already, or is being deleted."""

@@ -12,7 +12,7 @@ from repertory.service.imports import Imports
 from repertory.service.jobs import Jobs
 from repertory.service.keys import Keys, ServiceSecret
 from repertory.service.models import Models
-from repertory.service.organisations import Organisations
+from repertory.service.organisations import Limits, Organisations
 from repertory.service.quotas import Quotas
 from repertory.service.store import Store
 from repertory.settings import Settings
@@ -28,7 +28,7 @@ class Service:
         self.store.migrate()
         self.keys = Keys(self.store, ServiceSecret(settings))
         self.keys.check_secret()
-        self.organisations = Organisations(self.store, settings)
+        self.organisations = Organisations(self.store, Limits.of_everybody(settings))
         self.datasets = Datasets(settings.dataset_dir)
         self.quotas = Quotas(self.store, self.organisations, settings.dataset_dir, settings.finetuned_model_dir)
         self.jobs = Jobs(self.store, self.datasets, self.quotas)
