@@ -277,7 +277,8 @@ def test_a_reply_comes_with_its_model(service: RunningService) -> None:
     body = answer.json()
     assert body["response"] == f"Hello from {training_id}"
     assert body["finish_reason"] == "stop"
-    assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "dropped_messages": 0}
+    usage = {"prompt_tokens": 1, "completion_tokens": 3, "dropped_messages": 0, "cached_tokens": 0}
+    assert body["usage"] == usage | {"queue_seconds": 0.0}
     info = body["model_info"]
     assert (info["org_id"], info["model_id"], info["loaded"]) == ("replies", training_id, True)
     assert info["model_path"].endswith(f"finetuned/replies/{training_id}")

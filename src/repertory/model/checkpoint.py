@@ -78,8 +78,10 @@ class Checkpoint:
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         sync_folder(folder)
-        for stale in _steps(folder)[:-KEPT]:
-            shutil.rmtree(folder / f"checkpoint-{stale}")
+        kept = {f"checkpoint-{step}" for step in _steps(folder)[-KEPT:]}
+        for path in folder.glob("checkpoint-*"):
+            if path.name not in kept:  # also one whose removal was cut off half-way
+                shutil.rmtree(path)
 
     @staticmethod
     def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
