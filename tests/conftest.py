@@ -6,7 +6,7 @@ And at the end the table of the faults that tests have played: what was played, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 import faults
 import postgresql
 from postgresql import Postgresql
+from running_service import RunningService
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,22 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/repertory.db"
     return str(request.getfixturevalue("migrated_postgresql"))
+
+
+@pytest.fixture
+def start_service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
+    """For tests that stop, kill or configure it."""
+    started: list[RunningService] = []
+
+    def start(**environment: str) -> RunningService:
+        folder = tmp_path / f"service-{len(started)}"
+        folder.mkdir()
+        started.append(RunningService(folder, **environment))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()  # quicker than a stop, and there is nothing to keep
 
 
 @pytest.hookimpl(wrapper=True)

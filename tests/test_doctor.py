@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from sqlalchemy import text
 
+from disks import file_system
 from repertory import doctor
 from repertory.contracts import BUNDLED_MODEL
 from repertory.doctor import Driver, Finding
@@ -67,18 +68,6 @@ def answering(answer: Answer) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@contextmanager
-def file_system(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs of its own at `folder`."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
-        pytest.skip("mounting a file system takes root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def closed_port() -> int:

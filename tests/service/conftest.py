@@ -37,22 +37,6 @@ def slow_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSe
 
 
 @pytest.fixture
-def start_service(tmp_path: Path) -> Iterator[Callable[..., RunningService]]:
-    """For tests that stop, kill or configure it."""
-    started: list[RunningService] = []
-
-    def start(**environment: str) -> RunningService:
-        folder = tmp_path / f"service-{len(started)}"
-        folder.mkdir()
-        started.append(RunningService(folder, **environment))
-        return started[-1]
-
-    yield start
-    for running in started:
-        running.kill()  # quicker than a stop, and there is nothing to keep
-
-
-@pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
     opened = Store(database_url)
     opened.migrate()

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from sqlalchemy import make_url
 
+from disks import file_system, filled
 from postgresql import Postgresql
 from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation
@@ -29,28 +30,11 @@ from repertory_fixtures import conversation
 from running_service import CONVERSATION, RunningService, eventually
 from unlimited import unlimited
 
-from .disks import filled, small_disk
-
 pytestmark = pytest.mark.slow
 
 Start = Callable[..., RunningService]
 SHORT = {"FAKE_HOST_STEPS": "40", "FAKE_HOST_STEP_SECONDS": "0.05"}  # two seconds for a run
 LONG = {"FAKE_HOST_STEPS": "2000", "FAKE_HOST_STEP_SECONDS": "0.05"}  # runs that no test waits for
-
-
-@pytest.fixture
-def start_service(tmp_path: Path) -> Iterator[Start]:
-    started: list[RunningService] = []
-
-    def start(**environment: str) -> RunningService:
-        folder = tmp_path / f"service-{len(started)}"
-        folder.mkdir()
-        started.append(RunningService(folder, **environment))
-        return started[-1]
-
-    yield start
-    for running in started:
-        running.kill()
 
 
 @contextmanager
@@ -371,7 +355,7 @@ def test_a_submit_whose_commit_went_unheard_is_safe_to_repeat(
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("what", ["conversations", "upload", "database"])
 def test_a_full_disk_is_a_503_and_leaves_no_half_file(start_service: Start, tmp_path: Path, what: str) -> None:
-    with small_disk(tmp_path / "disk", "8m") as disk:
+    with file_system(tmp_path / "disk", "size=8m") as disk:
         setting = {"DATABASE_URL": f"sqlite:///{disk}/db"} if what == "database" else {"DATASET_DIR": str(disk)}
         service = start_service(**setting, **SHORT).until_ready()
         kept = service.trained("org")
@@ -401,7 +385,7 @@ def test_a_full_disk_is_a_503_and_leaves_no_half_file(start_service: Start, tmp_
 def test_a_disk_that_fills_up_in_a_run_fails_the_job_and_nothing_else(
     start_service: Start, cache: Path, tmp_path: Path, folder: str
 ) -> None:
-    with small_disk(tmp_path / "disk", "64k") as disk:
+    with file_system(tmp_path / "disk", "size=64k") as disk:
         real = {"HOST_MODULE": "repertory.model.host", "MODEL_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
         service = start_service(DEFAULT_BASE_MODEL="tiny/llama-gqa", **real, **{folder: str(disk)}).until_ready()
         chats = [conversation(1, at).model_dump(mode="json", exclude_none=True) for at in range(20)]

@@ -25,6 +25,7 @@ import psutil
 import pytest
 from sqlalchemy import select
 
+from disks import file_system, filled
 from postgresql import Postgresql
 from repertory import manifest
 from repertory.service.datasets import Datasets
@@ -32,8 +33,6 @@ from repertory.service.jobs import ACTIVE, COMES_FROM, TERMINAL, Jobs, Status
 from repertory.service.store import Store, metrics
 from running_service import CONVERSATION, RunningService, eventually
 from unlimited import unlimited
-
-from .disks import filled, small_disk
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60")) / 2  # on each database
 SEED = int(os.environ.get("SOAK_SEED", "0"))
@@ -315,7 +314,7 @@ def test_whatever_happens_nothing_is_lost_and_nothing_is_left(
         time.sleep(seconds)
         server.start()
 
-    with small_disk(tmp_path / "disk", "64m") as disk:
+    with file_system(tmp_path / "disk", "size=64m") as disk:
         if kind == "sqlite":
             database_url, cut, count = f"sqlite:///{tmp_path}/repertory.db", lock, 1
         else:

@@ -1,4 +1,4 @@
-"""Disks that are small, and full."""
+"""Disks that are small, full, or made as a test wants them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 
 
 @contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
+def file_system(folder: Path, options: str) -> Iterator[Path]:
+    """A tmpfs of its own at `folder`."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
         pytest.skip("mounting a file system takes root")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a process that is about to end may have files open
 
 
 @contextmanager
