@@ -44,12 +44,13 @@ class Taken:
 
 
 class Host:
-    def __init__(self, folder: Path, quantization: str, dtype: str) -> None:
+    def __init__(self, folder: Path, quantization: str, dtype: str, **limits: str) -> None:
+        """`limits`: settings of this host."""
         self.folder = folder
-        socket = folder / "host.sock"
+        self.socket = socket = folder / "host.sock"
         command = [sys.executable, "-m", "repertory.model.host", "--socket", str(socket), "--base-model", BUNDLED_MODEL]
         command += ["--quantization", quantization, "--dtype", dtype]
-        environment = os.environ | {"MODEL_CACHE_DIR": str(settings().model_cache_dir.resolve())}
+        environment = os.environ | {"MODEL_CACHE_DIR": str(settings().model_cache_dir.resolve())} | limits
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder)
         transport = httpx.HTTPTransport(uds=str(socket), retries=10)
         self.client = httpx.Client(transport=transport, base_url="http://host", timeout=PATIENCE_SECONDS)
@@ -114,9 +115,9 @@ class Host:
 
 
 @contextmanager
-def hosting(quantization: str, dtype: str) -> Iterator[Host]:
+def hosting(quantization: str, dtype: str, **limits: str) -> Iterator[Host]:
     with TemporaryDirectory() as folder:
-        host = Host(Path(folder), quantization, dtype)
+        host = Host(Path(folder), quantization, dtype, **limits)
         try:
             yield host
         finally:

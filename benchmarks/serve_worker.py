@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def repertory(args: argparse.Namespace) -> tuple[str, Ask]:
     from repertory.contracts import BUNDLED_MODEL, BaseKey, GenerateRequest
     from repertory.model import base as base_module
     from repertory.model.loop import DeviceLoop
+    from repertory.model.voices import read_voice
     from repertory.settings import settings
 
     key = BaseKey(base_model=BUNDLED_MODEL, quantization="none", dtype="bf16")
     base = base_module.load(BUNDLED_MODEL, settings(), base_module.detect_device(), key, lambda phase: None)
     loop = DeviceLoop(base, settings().training_share)
     threading.Thread(target=loop.run_forever, daemon=True).start()
+    adapter_of = cache(lambda name: read_voice(ref_to(args.voices / name), base).adapter)
 
     def ask(prompts: list[dict[str, Any]], voices: list[str | None], new_tokens: int) -> tuple[int, float | None]:
         told: list[float] = []
@@ -82,8 +85,7 @@ def repertory(args: argparse.Namespace) -> tuple[str, Ask]:
                 top_k=0,
                 max_tokens=new_tokens,
             )
-            adapter = loop.voices.get(ref).adapter if ref else None
-            sequence = loop.engine.sequence(request, adapter, None, hear)
+            sequence = loop.engine.sequence(request, adapter_of(name) if name else None, None, hear)
             assert list(sequence.prompt_ids) == prompt["ids"], "not the prompt that the others get"
             sequence.stop_ids = set()
             sequences.append(sequence)

@@ -12,7 +12,7 @@ from repertory.data.render import Renderer
 from repertory.manifest import write_durably, write_manifest
 from repertory.model.base import Outline
 from repertory.model.lora import Adapter, LoraConfig
-from repertory.model.voices import METADATA
+from repertory.model.voices import METADATA, provenance
 
 
 def random_voice(outline: Outline, seed: int, rank: int = 16) -> Adapter:
@@ -28,19 +28,22 @@ def random_voice(outline: Outline, seed: int, rank: int = 16) -> Adapter:
     return Adapter(config, A, B)
 
 
-def write_version(folder: Path, adapter: Adapter, outline: Outline, renderer: Renderer, fingerprint: str) -> AdapterRef:
-    """A version of the organisation whose name the folder has, as a finished run leaves it."""
+def write_version(
+    folder: Path,
+    adapter: Adapter,
+    outline: Outline,
+    renderer: Renderer,
+    fingerprint: str,
+    org_id: str | None = None,
+) -> AdapterRef:
+    """The version whose name the folder has, as a finished run leaves it."""
     folder.mkdir(parents=True)
-    metadata = outline.key.model_dump() | {
-        "training_id": folder.name,
-        "base_fingerprint": fingerprint,
-        "template_sha256": renderer.template_sha256,
-        "system_prompt": None,
-    }
+    metadata = provenance(folder.name, outline.key, fingerprint, renderer.template_sha256, system_prompt=None)
     write_durably(folder / METADATA, json.dumps(metadata).encode())
     write_manifest(folder, [*adapter.save(folder), METADATA])
-    return ref_to(folder)
+    return ref_to(folder, org_id)
 
 
-def ref_to(folder: Path) -> AdapterRef:
-    return AdapterRef(org_id=folder.name, training_id=folder.name, path=str(folder.resolve()))
+def ref_to(folder: Path, org_id: str | None = None) -> AdapterRef:
+    """Of `org_id`, or of an organisation with the folder's name."""
+    return AdapterRef(org_id=org_id or folder.name, training_id=folder.name, path=str(folder.resolve()))

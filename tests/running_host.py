@@ -28,13 +28,13 @@ def eventually(check: Callable[[], Any]) -> Any:
 
 
 class RunningHost:
-    def __init__(self, cache: Path, socket: Path, base_model: str, *flags: str) -> None:
+    def __init__(self, cache: Path, socket: Path, base_model: str, *flags: str, **settings: str) -> None:
         self.socket = socket
         command = [sys.executable, "-m", "repertory.model.host", "--socket", str(socket), "--base-model", base_model]
         self.process = subprocess.Popen(
             [*command, *flags],
             stdin=subprocess.PIPE,
-            env=os.environ | {"MODEL_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"MODEL_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | settings,
         )
         transport = httpx.HTTPTransport(uds=str(socket))
         self.client = httpx.Client(transport=transport, base_url="http://host", timeout=DEADLINE_SECONDS)

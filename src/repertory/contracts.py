@@ -198,9 +198,11 @@ class AdapterTier(Contract):
     """The adapters in one place of a host's memory. Counts are since its start."""
 
     resident: int = 0
+    in_use: int = 0  # of them, by sequences
     bytes: int = 0
     hits: int = 0  # sequences whose version was there when it was needed
     misses: int = 0
+    failures: int = 0  # versions that could not be had
     evictions: int = 0  # to make room for another; not by unload
     loads: Durations = Durations()  # into this tier, from the one below
 

@@ -47,6 +47,8 @@ class Settings(Hyperparameters, BaseSettings):
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
     training_share: float = Field(0.2, ge=0, le=0.9)  # of the device's time while requests run; else all of it
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it
+    adapter_memory_gb: float | None = Field(None, gt=0)  # GiB of adapters a host keeps; unset: a tenth of the memory
+    adapter_slots: int = Field(32, ge=1, le=1024)  # voices that take part in a step
 
     # Of each organisation, where it has no limit of its own (`repertory orgs limits`); unset: none
     org_requests_per_minute: int | None = Field(None, ge=1)
@@ -70,6 +72,10 @@ class Settings(Hyperparameters, BaseSettings):
     def stripped(cls, token: str | None) -> str | None:
         """Files that hold a token end in a line break, which no HTTP header may hold."""
         return token.strip() or None if token else None
+
+    @property
+    def adapter_memory_bytes(self) -> int | None:
+        return None if self.adapter_memory_gb is None else int(self.adapter_memory_gb * 2**30)
 
     @property
     def hyperparameters(self) -> Hyperparameters:

@@ -23,7 +23,7 @@ from repertory.model.lora import Adapter, LoraConfig, Training
 from repertory.model.memory import BatchShape
 from repertory.model.microbatch import MicroBatch
 from repertory.model.probe import demand
-from repertory.model.voices import Voices
+from repertory.model.voices import read_voice
 from repertory.settings import Settings
 from repertory_fixtures import MakeSpec, conversation, greedy, run_to_end, steps_of
 
@@ -115,7 +115,7 @@ def test_a_quantized_job_from_conversations_to_a_voice(load: Load, make_spec: Ma
     assert events[-1].data["hyperparameters"]["gradient_checkpointing"] is True
     losses = list(steps_of(events).values())
     assert losses[-1] < losses[0] - 0.5
-    Voices(base).get(AdapterRef(org_id="org", training_id="train_1", path=spec.output_dir))
+    read_voice(AdapterRef(org_id="org", training_id="train_1", path=spec.output_dir), base)
 
 
 def test_fp16_is_trained_with_loss_scaling(load: Load, make_spec: MakeSpec) -> None:

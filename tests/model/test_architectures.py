@@ -25,7 +25,7 @@ from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, Training
 from repertory.model.microbatch import MicroBatch
-from repertory.model.voices import Voices
+from repertory.model.voices import read_voice
 from repertory.settings import Settings
 from repertory_fixtures import LoadBase, MakeSpec, rows_of, run_to_end, steps_of
 
@@ -70,7 +70,7 @@ def test_two_voices_trained_and_reloaded_speak_beside_the_base_as_in_peft(
     # Another copy of the base, as after a restart.
     base = load_base(family)
     voices = [
-        Voices(base).get(AdapterRef(org_id="org", training_id=spec.training_id, path=spec.output_dir)).adapter
+        read_voice(AdapterRef(org_id="org", training_id=spec.training_id, path=spec.output_dir), base).adapter
         for spec in specs
     ]
     engine = Engine(base)

@@ -18,7 +18,7 @@ from repertory.model import base as base_module
 from repertory.model.base import DTYPES, Base, _quantization
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter
-from repertory.model.voices import Voices
+from repertory.model.voices import read_voice
 from repertory_fixtures import LoadBase, MakeSpec, greedy, run_to_end, steps_of, weights_sha256
 
 FAMILY = "llama-gqa"
@@ -60,7 +60,7 @@ def test_a_voice_is_trained_resumed_published_and_served_in_its_precision(
     assert weights_sha256(broken) == weights_sha256(whole)
 
     ref = AdapterRef(org_id="org", training_id=broken.training_id, path=broken.output_dir)
-    voice = Voices(base).get(ref)
+    voice = read_voice(ref, base)
     prompt, replied = reply(base, voice.adapter, "Tell me a joke")
     theirs: Any = AutoModelForCausalLM.from_pretrained(
         cache / "tiny" / FAMILY, dtype=DTYPES[dtype], device_map="cpu", quantization_config=_quantization(base.key)

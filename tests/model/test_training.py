@@ -25,7 +25,7 @@ from repertory.model.lora import Adapter, AdapterUnusable
 from repertory.model.microbatch import MicroBatch
 from repertory.model.plan import Plan
 from repertory.model.training import TrainingRun
-from repertory.model.voices import Voices
+from repertory.model.voices import read_voice
 from repertory_fixtures import LoadBase, MakeSpec, conversation, run_to_end, steps_of, weights_sha256
 
 
@@ -68,7 +68,7 @@ def test_a_run_tells_its_story_and_leaves_a_whole_voice(base: Base, make_spec: M
         "report.json",
     }
     assert any(folder.glob("events.out.tfevents.*"))
-    voice = Voices(base).get(AdapterRef(org_id="org", training_id="train_1", path=str(folder)))
+    voice = read_voice(AdapterRef(org_id="org", training_id="train_1", path=str(folder)), base)
     assert voice.system_prompt == "You are a helpful pirate."
 
 
@@ -482,16 +482,16 @@ def test_a_version_is_served_only_on_the_base_it_was_trained_on(
     run_to_end(base, spec)
     ref = AdapterRef(org_id="org", training_id="train_1", path=spec.output_dir)
     with pytest.raises(AdapterUnusable, match="another base model"):
-        Voices(load_base("llama-gqa", "bf16")).get(ref)
+        read_voice(ref, load_base("llama-gqa", "bf16"))
     changed = load_base("llama-gqa")
     changed.fingerprint = "of other files"
     with pytest.raises(AdapterUnusable, match="files have changed"):
-        Voices(changed).get(ref)
+        read_voice(ref, changed)
     weights = Path(spec.output_dir) / "adapter_model.safetensors"
     shutil.copy(weights, weights.with_suffix(".kept"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(AdapterUnusable, match="sha256"):
-        Voices(base).get(ref)
+        read_voice(ref, base)
 
 
 def test_the_first_step_has_a_rate_and_the_last_a_tenth() -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -291,6 +292,33 @@ def test_a_version_can_be_named_and_the_newest_answers_by_itself(service: Runnin
     for asked, answers in ((older, older), (newer, newer), ("latest", newer)):
         reply = service.client.post("/generate?org_id=versions", json={"message": "Hi", "model_id": asked})
         assert reply.json()["response"] == f"Hello from {answers}"
+
+
+def test_a_promotion_in_the_middle_of_a_reply_changes_the_next_one_alone(service: RunningService) -> None:
+    older = service.trained("promotes")
+    long_one = {"message": "a long one", "max_tokens": 400, "stream": True}
+    with service.client.stream("POST", "/generate?org_id=promotes", json=long_one) as response:
+        lines = response.iter_lines()
+        begin = [next(lines) for _ in range(6)]
+        newer = service.trained("promotes")
+        meanwhile = service.client.post("/generate?org_id=promotes", json={"message": "Hi"}).json()
+        rest = list(lines)
+    assert (meanwhile["response"], meanwhile["model_info"]["model_id"]) == (f"Hello from {newer}", newer)
+    assert any(older in line for line in begin)
+    end = next(json.loads(line.removeprefix("data: ")) for line in rest if '"done"' in line)
+    assert end["model_info"]["model_id"] == older
+    assert end["usage"]["completion_tokens"] == 400
+    assert not any(newer in line for line in rest)
+
+
+def test_a_voice_whose_files_are_damaged_can_still_be_unloaded(service: RunningService) -> None:
+    training_id = service.trained("damaged")
+    loaded = service.client.post("/models/load?org_id=damaged").json()
+    (Path(loaded["model_info"]["model_path"]) / "MANIFEST.json").unlink()
+    answer = service.client.post("/generate?org_id=damaged", json={"message": "Hi"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_damaged")
+    unloaded = service.client.post("/models/unload", json={"org_id": "damaged", "model_id": training_id})
+    assert unloaded.json()["message"] == "The model is no longer in memory."
 
 
 def test_the_base_answers_only_when_asked_for(service: RunningService) -> None:

@@ -16,6 +16,7 @@ from repertory.model.lora import Adapter, AdapterStacks, Serving
 from repertory.model.prefixes import BLOCK_TOKENS, PrefixCache, Version
 from repertory.model.sampling import logprobs, new_sampler, sample
 from repertory.model.scheduler import Chunk, Scheduler, Sequence
+from repertory.model.slots import Slots
 from repertory.model.textstream import TextStream
 
 MAX_ROWS = 32
@@ -27,7 +28,8 @@ PREFIX_SHARE = 0.05  # for what is kept of prompts
 class Engine:
     """Holds the sequences in flight. Everything here runs on the thread that drives the device."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, slots: Slots | None = None) -> None:
+        """Without `slots`: as many as rows, for adapters that are where the base is."""
         self.base = base
         self.cache = base.kv_cache()
         self.stacks = AdapterStacks()
@@ -36,7 +38,7 @@ class Engine:
         self.prefixes: PrefixCache[torch.Tensor] = PrefixCache(int(free * PREFIX_SHARE))  # blocks (L, 2, G, T, D)
         # A step should take about as long as a reader waits between two words.
         step_tokens = 2048 if base.device.type == "cuda" else 128
-        self.scheduler = Scheduler(MAX_ROWS, step_tokens, self._fits)
+        self.scheduler = Scheduler(MAX_ROWS, step_tokens, self._fits, slots)
 
     @property
     def has_work(self) -> bool:
@@ -122,6 +124,11 @@ class Engine:
         given_up.is_finished = True
         given_up.emit(TokenChunk(error=error))
         self._release_finished()
+
+    def let_go(self, adapter: Adapter) -> None:
+        """It has left the memory: no copy of it stays here, once its last sequence is done."""
+        self.scheduler.slots.forget(adapter)
+        self.stacks.forget(adapter)
 
     def cancel(self, sequence: Sequence) -> None:
         """Its row is free at the next step."""
@@ -218,7 +225,7 @@ class Engine:
             if sequence in self.cache:
                 self.cache.leave(sequence)
         if not self.scheduler.running:
-            self.stacks.forget()
+            self.stacks.clear()
 
     def _fits(self, sequences: list[Sequence]) -> bool:
         return self._bytes_of(sequences, self.cache) <= self.cache_bytes

@@ -188,7 +188,7 @@ def evaluate(base: Base, engine: Engine, voice: Voice, request: EvaluateRequest)
     if not rows:
         raise DataUnusable(f"none of the {len(conversations)} conversations fits into {longest} tokens")
     base_score = yield from score(base, rows, None)
-    voice_score = yield from score(base, rows, voice.adapter)
+    voice_score = yield from score(base, rows, voice.adapter.to(base.device, base.dtype))
     prompts = request.test_prompts or prompts_from(conversations)
     answered = yield from replies(engine, request.org_id, prompts, voice.adapter, voice.system_prompt)
     return Evaluation(

@@ -41,11 +41,13 @@ class FairQueue:
         self._waiting.setdefault(org_id, deque()).append(sequence)
 
     @property
-    def first(self) -> Sequence | None:
-        """Whose turn it is; of several organisations that are level, the one that has waited longest."""
-        if not self._waiting:
-            return None
-        return self._waiting[min(self._waiting, key=self._served.__getitem__)][0]
+    def heads(self) -> Iterator[Sequence]:
+        """The sequence whose turn it is, and then of every other organisation the one whose turn it would be.
+
+        Of several organisations that are level, the one that has waited longest comes first.
+        """
+        for org_id in sorted(self._waiting, key=self._served.__getitem__):
+            yield self._waiting[org_id][0]
 
     def remove(self, sequence: Sequence) -> None:
         """Take it out, wherever it stands; nothing happens if it does not wait."""

@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from repertory.connection import unless_disconnected
 from repertory.contracts import (
@@ -39,6 +41,7 @@ from repertory.contracts import (
     Forgetting,
     GenerateRequest,
     HostHealth,
+    HostStats,
     PreviewRequest,
     RunEvent,
     RunSpec,
@@ -94,7 +97,8 @@ class Host:
             self.key, self.download = located.key, None
             with alone(self.turn, lambda: self._say("waiting for its turn to load")):
                 loaded = base.load(self.key.base_model, settings, self.device, self.key, self._say)
-            self._loop = DeviceLoop(loaded, settings.training_share)
+            limit = settings.adapter_memory_bytes
+            self._loop = DeviceLoop(loaded, settings.training_share, settings.adapter_slots, limit)
         except RepertoryError as error:
             log.warning("host failed", code=error.code, reason=error.message)
             self.error = error.info
@@ -155,6 +159,7 @@ class Host:
             runs=loop.run_ids,
             memory_bytes=loop.memory_bytes,
             parameters=loop.base.parameter_count,
+            stats=HostStats(adapters={"ram": loop.voices.stats, "slots": scheduler.slots.stats}),
         )
 
     def _say(self, phase: str) -> None:
@@ -180,23 +185,26 @@ def make_app(host: Host) -> Starlette:
     async def generate(request: Request) -> Response:
         asked = await _body(request, GenerateRequest)
         loop = host.loop
-        voice = await asyncio.to_thread(loop.voices.get, asked.adapter) if asked.adapter else None
         chunks, tell = _stream_of(TokenChunk)
-        adapter, system_prompt = (voice.adapter, voice.system_prompt) if voice else (None, None)
-        sequence = await asyncio.to_thread(loop.engine.sequence, asked, adapter, system_prompt, tell)
-        loop.submit(sequence)
+        async with AsyncExitStack() as stack:
+            adapter, system_prompt = None, None
+            if asked.adapter is not None:
+                loading = stack.enter_async_context(loop.voices.held(asked.adapter))
+                voice = await unless_disconnected(request, loading)
+                adapter, system_prompt = voice.adapter, voice.system_prompt
+            sequence = await asyncio.to_thread(loop.engine.sequence, asked, adapter, system_prompt, tell)
+            loop.submit(sequence)
+            stack.callback(loop.cancel, sequence)  # also when the reader goes away
+            at_end = stack.pop_all()
 
         async def lines() -> AsyncIterator[bytes]:
-            try:
-                while True:
-                    chunk = await chunks.get()
-                    yield _line(chunk)
-                    if chunk.finish_reason or chunk.error:
-                        return
-            finally:  # also when the reader went away
-                loop.cancel(sequence)
+            while True:
+                chunk = await chunks.get()
+                yield _line(chunk)
+                if chunk.finish_reason or chunk.error:
+                    return
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return _Lines(lines(), at_end)
 
     async def start_run(request: Request) -> Response:
         spec = await _body(request, RunSpec)
@@ -208,20 +216,22 @@ def make_app(host: Host) -> Starlette:
 
         async def lines() -> AsyncIterator[bytes]:
             progress = 0.0
-            try:
-                while True:
-                    try:
-                        event = await asyncio.wait_for(events.get(), HEARTBEAT_SECONDS)
-                    except TimeoutError:
-                        event = RunEvent(kind="heartbeat", progress=progress)
-                    progress = event.progress
-                    yield _line(event)
-                    if event.kind in TERMINAL:
-                        return
-            finally:  # nobody listens to the run any more, so its result could not be kept
-                loop.stop_run(spec.training_id).add_done_callback(lambda done: done.exception())
+            while True:
+                try:
+                    event = await asyncio.wait_for(events.get(), HEARTBEAT_SECONDS)
+                except TimeoutError:
+                    event = RunEvent(kind="heartbeat", progress=progress)
+                progress = event.progress
+                yield _line(event)
+                if event.kind in TERMINAL:
+                    return
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        def stop() -> None:  # nobody listens to the run any more, so its result could not be kept
+            loop.stop_run(spec.training_id).add_done_callback(lambda done: done.exception())
+
+        at_end = AsyncExitStack()
+        at_end.callback(stop)
+        return _Lines(lines(), at_end)
 
     async def stop_run(request: Request) -> Response:
         await asyncio.wrap_future(host.loop.stop_run(request.path_params["training_id"]))
@@ -234,8 +244,8 @@ def make_app(host: Host) -> Starlette:
     async def evaluate(request: Request) -> Response:
         asked = await _body(request, EvaluateRequest)
         loop = host.loop
-        voice = await asyncio.to_thread(loop.voices.get, asked.adapter)
-        evaluation = await unless_disconnected(request, asyncio.wrap_future(loop.evaluate(voice, asked)))
+        async with loop.voices.held(asked.adapter) as voice:
+            evaluation = await unless_disconnected(request, asyncio.wrap_future(loop.evaluate(voice, asked)))
         return _json(evaluation)
 
     async def estimate(request: Request) -> Response:
@@ -269,8 +279,8 @@ def make_app(host: Host) -> Starlette:
 
     async def load_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
-        await asyncio.to_thread(host.loop.voices.get, ref)
-        return JSONResponse({})
+        async with host.loop.voices.held(ref):
+            return JSONResponse({})
 
     async def unload_adapter(request: Request) -> Response:
         ref = await _body(request, AdapterRef)
@@ -308,6 +318,18 @@ def make_app(host: Host) -> Starlette:
         ],
         exception_handlers={RepertoryError: refused, ClientDisconnect: nobody_listens},
     )
+
+
+class _Lines(StreamingResponse):
+    """NDJSON, and what is to be done when it ends, however it ends: a reader may be gone before the first line."""
+
+    def __init__(self, lines: AsyncIterator[bytes], at_end: AsyncExitStack) -> None:
+        super().__init__(lines, media_type="application/x-ndjson")
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._at_end:
+            await super().__call__(scope, receive, send)
 
 
 async def _body(request: Request, kind: type[Parsed]) -> Parsed:

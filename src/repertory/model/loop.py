@@ -34,12 +34,15 @@ from repertory.errors import (
 )
 from repertory.logs import without_text
 from repertory.model.base import Base, Outline, free_bytes, give_back_memory
-from repertory.model.engine import Engine
+from repertory.model.engine import MAX_ROWS, Engine
 from repertory.model.estimate import estimate
 from repertory.model.evaluation import evaluate
+from repertory.model.lora import Adapter
 from repertory.model.memory import gib
+from repertory.model.prefixes import Version
 from repertory.model.probe import is_out_of_memory
 from repertory.model.scheduler import Sequence
+from repertory.model.slots import Slots
 from repertory.model.timeshare import TimeShare
 from repertory.model.training import TrainingRun
 from repertory.model.voices import Voice, Voices
@@ -64,10 +67,13 @@ class _Task:
 class DeviceLoop:
     """Serving and training on `base`. `run_forever` is the device's thread; everything else may be called from any."""
 
-    def __init__(self, base: Base, training_share: float) -> None:
+    def __init__(
+        self, base: Base, training_share: float, adapter_slots: int = MAX_ROWS, adapter_bytes: int | None = None
+    ) -> None:
+        """`adapter_bytes` of adapters stay in memory, and on a card as many there again; None: a tenth of each."""
         self.base = base
-        self.engine = Engine(base)
-        self.voices = Voices(base)
+        self.engine = Engine(base, _slots(base, adapter_slots, adapter_bytes))
+        self.voices = Voices(base, adapter_bytes or psutil.virtual_memory().total // 10, self._let_go_of)
         self._tasks: deque[_Task] = deque()  # the one whose turn it is comes first
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.timeshare = TimeShare(training_share)
@@ -85,8 +91,7 @@ class DeviceLoop:
         """Forget a version (None: the bare base, for this organisation) everywhere. Sequences in flight keep its
         adapter until they finish.
         """
-        if training_id is not None:
-            self.voices.unload(org_id, training_id)
+        self.voices.unload(Version(org_id, training_id))
         self._inbox.put(lambda: self.engine.forget(org_id, training_id))
 
     def start_run(self, spec: RunSpec, tell: Callable[[RunEvent], None]) -> None:
@@ -122,6 +127,9 @@ class DeviceLoop:
 
     def stop(self) -> None:
         self._inbox.put(None)
+
+    def _let_go_of(self, adapter: Adapter) -> None:
+        self._inbox.put(lambda: self.engine.let_go(adapter))
 
     @property
     def run_ids(self) -> list[str]:
@@ -260,6 +268,14 @@ class DeviceLoop:
 
         portions = _resulting(work, result)
         self._tasks.append(_Task(name="", step=lambda: next(portions), fail=fail, close=portions.close))
+
+
+def _slots(base: Base, count: int, limit_bytes: int | None) -> Slots:
+    """On a card a slot is a copy of the adapter there."""
+    if base.device.type == "cpu":
+        return Slots(count)
+    memory = base.memory_limit_bytes or torch.cuda.get_device_properties(base.device).total_memory
+    return Slots(count, limit_bytes or memory // 10, lambda adapter: adapter.to(base.device, base.dtype))
 
 
 def _resulting(work: Generator[None, None, Any], result: Future[Any]) -> Generator[None, None, None]:

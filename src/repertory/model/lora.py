@@ -27,7 +27,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from numpy.random import SFC64
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -245,7 +245,7 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """One voice: for each corrected layer A (r, in_features) and B (out_features, r); y += scaling * x A' B'."""
 
@@ -275,6 +275,10 @@ class Adapter:
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.parameters)
 
     def trainable(self) -> Adapter:
         """A copy in fp32, to be trained on."""
@@ -330,7 +334,8 @@ class Adapter:
         """Read an adapter in PEFT's format. Raises AdapterUnusable if it does not fit this base model."""
         try:
             described = json.loads((folder / CONFIG).read_text())
-            tensors = load_file(folder / WEIGHTS)
+            # Read, not mapped: a mapped file that is cut short later ends the whole process with SIGBUS.
+            tensors = load((folder / WEIGHTS).read_bytes())
         except (OSError, ValueError, SafetensorError) as error:
             raise AdapterUnusable(f"the adapter {folder.name} cannot be read: {error}") from error
         config = _plain_lora(described, folder.name)
@@ -567,7 +572,12 @@ class AdapterStacks:
             self._stacks[name] = _stacked(self._voices, siblings)
         return self._stacks[name]
 
-    def forget(self) -> None:
+    def forget(self, adapter: Adapter) -> None:
+        """It decodes no more."""
+        if adapter in self._voices:
+            self.clear()
+
+    def clear(self) -> None:
         self._voices, self._stacks = [], {}
 
 

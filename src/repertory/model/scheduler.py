@@ -14,6 +14,7 @@ from typing import Any
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, Usage
 from repertory.model.fair_queue import FairQueue
 from repertory.model.prefixes import BLOCK_TOKENS, Version
+from repertory.model.slots import Slots
 from repertory.model.textstream import TextStream
 
 
@@ -23,7 +24,7 @@ class Sequence:
 
     request: GenerateRequest
     prompt_ids: list[int]
-    adapter: Any  # the Adapter of its version, or None for the bare base; held until it finishes
+    adapter: Any  # the Adapter of its version, or None for the bare base; in a slot, that slot's copy of it
     text: TextStream
     stop_ids: set[int]
     emit: Callable[[TokenChunk], None]
@@ -38,6 +39,7 @@ class Sequence:
     is_finished: bool = False
     came_at: float = field(default_factory=monotonic)
     queue_seconds: float = 0.0
+    slot: Any = None  # its place in the slots, while it has one
 
     @property
     def org_id(self) -> str:
@@ -121,13 +123,20 @@ class Step:
 class Scheduler:
     """Admits waiting sequences as rows become free and plans each step."""
 
-    def __init__(self, max_rows: int, step_tokens: int, fits: Callable[[list[Sequence]], bool]) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        step_tokens: int,
+        fits: Callable[[list[Sequence]], bool],
+        slots: Slots | None = None,
+    ) -> None:
         """`step_tokens`: of one forward pass, as far as prompts decide it; `fits`: whether the cache has room for all
-        of these, as long as they may become.
+        of these, as long as they may become; without `slots` there are as many as rows.
         """
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.fits = fits
+        self.slots = Slots(max_rows) if slots is None else slots
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []  # the oldest first
         self._queue = FairQueue()
@@ -196,15 +205,22 @@ class Scheduler:
     def leave(self, sequence: Sequence) -> None:
         """One that runs does so no more."""
         (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
+        self.slots.leave(sequence)
 
     def _admit(self) -> Sequence | None:
-        """The sequence whose turn it is, if it fits beside those that run. Nobody overtakes one that does not."""
-        sequence = self._queue.first
+        """The sequence whose turn it is and whose voice has a slot, if it fits beside those that run.
+
+        Nobody overtakes one that does not fit; those whose voice has a slot overtake one whose voice waits for one.
+        """
+        if len(self.running) == self.max_rows:
+            return None
+        sequence = self.slots.first(self._queue.heads)
         if sequence is None:
             return None
         running = [*self.running, sequence]
-        if len(running) > self.max_rows or not self.fits(running):
+        if not self.fits(running):
             return None
+        self.slots.enter(sequence)
         # Charged as soon as it is let in, or its organisation would be let in again before its prompt is read.
         self._queue.charge(sequence.org_id, prompt_tokens=len(sequence.prompt_ids) - sequence.cached_tokens)
         self._queue.remove(sequence)

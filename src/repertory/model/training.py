@@ -40,7 +40,7 @@ from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Cut, Plan, Work
 from repertory.model.probe import does_not_fit, is_out_of_memory, probe, release
 from repertory.model.training_data import TrainingData, training_data
-from repertory.model.voices import METADATA, read_version
+from repertory.model.voices import METADATA, provenance, read_version
 
 REPORT = "report.json"
 LOSS_SCALE = 65536.0  # to begin with; halved where gradients overflow, doubled after this many steps in which none did:
@@ -469,20 +469,14 @@ class TrainingRun:
         } | ({"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
 
     def _metadata(self, plan: Plan, data: TrainingData, adapter: Adapter, resumed_from: int | None) -> dict[str, Any]:
-        config, key, renderer = plan.config, self.base.key, self.base.renderer
-        metadata: dict[str, Any] = {
-            "training_id": self.spec.training_id,
-            "base_model": key.base_model,
-            "revision": key.revision,
-            "quantization": key.quantization,
-            "dtype": key.dtype,
-            "system_prompt": self.spec.system_prompt,
-            "template_sha256": renderer.template_sha256,
-            "base_fingerprint": self.base.fingerprint,
+        config, base = plan.config, self.base
+        template = base.renderer.template_sha256
+        about = provenance(self.spec.training_id, base.key, base.fingerprint, template, self.spec.system_prompt)
+        metadata = about | {
             "hyperparameters": config.model_dump(exclude={"total_steps", "betas", "max_grad_norm", "weight_decay"}),
             "total_steps": config.total_steps,
             "trainable_parameters": adapter.parameter_count,
-            "total_parameters": self.base.parameter_count + adapter.parameter_count,
+            "total_parameters": base.parameter_count + adapter.parameter_count,
             "continued_from": None if self.spec.start is None else self.spec.start.training_id,
             "conversations": len(data.conversations),
             "training_conversations": len(data.training),

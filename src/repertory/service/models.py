@@ -1,12 +1,15 @@
 """Model versions: one for each completed job, with the one promoted for each organisation.
 
-A version is visible while its folder's manifest verifies, so visible means loadable.
+A version is visible while its folder's manifest verifies, so visible means loadable. Contents are hashed before a
+version is first used, and again when one of its files has changed; of those that nobody has used yet a list looks at
+names and sizes alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +22,7 @@ from repertory.contracts import AdapterRef, BaseKey, Hyperparameters
 from repertory.errors import NotFound, Unavailable
 from repertory.service.store import Store, jobs, model_versions, organisations
 
+KEY_COLUMNS = [model_versions.c[name] for name in BaseKey.model_fields]
 LATEST = "latest"  # the promoted version
 BASE = "base"  # the bare base model
 DELETED_AUTHORS = "deleted_authors"  # in metadata: hashes of those whose words were learned, and are deleted since
@@ -68,30 +72,42 @@ class Models:
         self._store = store
         self._root = root
         self._verified: dict[Path, Fingerprint] = {}
+        self._sized: dict[
+            Path, Fingerprint
+        ] = {}  # of those that were never hashed: as their names and sizes were right
 
     def folder(self, org_id: str, training_id: str) -> Path:
         return self._root / org_id / training_id
 
-    def list(self, org_id: str | None = None) -> list[Version]:
-        """Of one organisation or of all, newest first, without those whose folder is damaged."""
-        wanted = select(model_versions) if org_id is None else _of_organisation(org_id)
-        newest_first = wanted.order_by(model_versions.c.created_at.desc())
+    def list(self, org_id: str | None = None, *, with_metadata: bool = True) -> list[Version]:
+        """Those of `versions` whose folder is not damaged."""
+        found = self.versions(org_id, with_metadata=with_metadata)
+        return [version for version in found if self._damage(version, with_contents=False) is None]
+
+    def versions(self, org_id: str | None = None, *, with_metadata: bool = True) -> Sequence[Version]:
+        """Of one organisation or of all, newest first, whatever their folders are like.
+
+        Without metadata, of which a thousand versions have a lot, it is empty.
+        """
+        columns = [column for column in model_versions.c if with_metadata or column.name != "metadata"]
+        wanted = select(*columns).order_by(model_versions.c.created_at.desc())
+        if org_id is not None:
+            wanted = wanted.where(model_versions.c.org_id == org_id)
         with self._store.read() as connection:
-            versions = [self._version(row) for row in connection.execute(newest_first)]
-        return [version for version in versions if self._damage(version) is None]
+            return [self._version(row) for row in connection.execute(wanted)]
+
+    def base(self, org_id: str | None, base_model: str) -> BaseKey | None:
+        """As the newest version on that base model has it, of one organisation or of all."""
+        wanted = select(*KEY_COLUMNS).where(model_versions.c.base_model == base_model)
+        if org_id is not None:
+            wanted = wanted.where(model_versions.c.org_id == org_id)
+        with self._store.read() as connection:
+            row = connection.execute(wanted.order_by(model_versions.c.created_at.desc()).limit(1)).one_or_none()
+        return None if row is None else BaseKey.model_validate(dict(row._mapping))
 
     def find(self, org_id: str, model_id: str) -> Version:
         """The version, whole and ready to be loaded. Raises NotFound, or Unavailable if its folder is damaged."""
-        wanted = _of_organisation(org_id)
-        if model_id == LATEST:
-            wanted = wanted.join(organisations, organisations.c.promoted == model_versions.c.training_id)
-        else:
-            wanted = wanted.where(model_versions.c.training_id == model_id)
-        with self._store.read() as connection:
-            row = connection.execute(wanted).one_or_none()
-        if row is None:
-            raise _not_found(model_id)
-        version = self._version(row)
+        version = self.look_up(org_id, model_id)
         damage = self._damage(version)
         if damage is not None:
             raise Unavailable(
@@ -102,6 +118,19 @@ class Models:
                 retry_after_seconds=60.0,
             )
         return version
+
+    def look_up(self, org_id: str, model_id: str) -> Version:
+        """The version, whatever its folder is like. Raises NotFound."""
+        wanted = _of_organisation(org_id)
+        if model_id == LATEST:
+            wanted = wanted.join(organisations, organisations.c.promoted == model_versions.c.training_id)
+        else:
+            wanted = wanted.where(model_versions.c.training_id == model_id)
+        with self._store.read() as connection:
+            row = connection.execute(wanted).one_or_none()
+        if row is None:
+            raise _not_found(model_id)
+        return self._version(row)
 
     def mark(self, training_ids: Collection[str], author_hash: str) -> None:
         """Show of jobs and versions that they learned from words which are deleted now, and quote none any more."""
@@ -143,21 +172,25 @@ class Models:
             training_id=row.training_id,
             org_id=row.org_id,
             created_at=row.created_at,
-            key=BaseKey(
-                base_model=row.base_model, revision=row.revision, quantization=row.quantization, dtype=row.dtype
-            ),
+            key=BaseKey.model_validate({column.name: getattr(row, column.name) for column in KEY_COLUMNS}),
             folder=self.folder(row.org_id, row.training_id),
-            metadata=row.metadata,
+            metadata=getattr(row, "metadata", {}),
         )
 
-    def _damage(self, version: Version) -> str | None:
-        """What is wrong with the folder. Files are hashed again only after one of them has changed."""
-        fingerprint = _fingerprint(version.folder)
-        if fingerprint and self._verified.get(version.folder) == fingerprint:
-            return None
-        damage = manifest.verify(version.folder)
+    def _damage(self, version: Version, *, with_contents: bool = True) -> str | None:
+        """What is wrong with the folder, looked for again only after one of its files has changed."""
+        folder = version.folder
+        with_contents = with_contents or folder in self._verified
+        known = self._verified if with_contents else self._sized
+        try:
+            fingerprint = _fingerprint(folder)
+            if fingerprint and known.get(folder) == fingerprint:
+                return None
+            damage = manifest.verify(folder, with_contents=with_contents)
+        except OSError as error:
+            return f"{folder.name} cannot be read: {error.strerror}"
         if damage is None:
-            self._verified[version.folder] = fingerprint
+            known[folder] = fingerprint
         return damage
 
 
@@ -176,10 +209,13 @@ def _without_samples(value: Any) -> Any:
 
 
 def _fingerprint(folder: Path) -> Fingerprint:
-    if not folder.is_dir():
+    """Empty where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
         return ()
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats)
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
 
 
 def _not_found(model_id: str) -> NotFound:

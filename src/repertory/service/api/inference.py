@@ -110,9 +110,9 @@ async def unload(
     org = await run_in_threadpool(organisation, service, caller, _one_of("org_id", org_id, body.org_id))
     wanted = _one_of("model_id", model_id, body.model_id)
     if wanted is None:
-        versions = await run_in_threadpool(service.models.list, org)
+        versions = await run_in_threadpool(service.models.versions, org)
     else:
-        versions = [await run_in_threadpool(service.models.find, org, wanted)]
+        versions = [await run_in_threadpool(service.models.look_up, org, wanted)]
     await run_in_threadpool(service.hosts.refresh)
     unloaded = 0
     for host in service.hosts.ready():

@@ -88,10 +88,16 @@ def list_models(service: ServiceDep, caller: MayInfer) -> dict[str, Any]:
 @router.get("/models/{model:path}")
 def model(service: ServiceDep, caller: MayInfer, model: str) -> dict[str, Any]:
     """One of them."""
-    for listed in _models(service, caller):
-        if listed["id"] == model:
-            return listed
-    raise _no_such_model()
+    org_id, at, training_id = model.partition("@")
+    try:
+        return _listed(service.models.find(caller.organisation(org_id), training_id if at else LATEST), model)
+    except NotFound as error:
+        if model != service.settings.default_base_model and service.models.base(caller.org_id, model) is None:
+            raise _no_such_model() from error
+        return _listed_base(model)
+    except Unavailable as error:
+        error.param = "model"
+        raise
 
 
 async def _answer(
@@ -280,21 +286,20 @@ def _base(service: Service, caller: Caller, model: str) -> BaseKey:
             return service.hosts.key(model, service.settings.hyperparameters)
         except JobFailed as error:
             raise unavailable(error) from error
-    for version in service.models.list(caller.org_id):
-        if version.key.base_model == model:
-            return version.key
-    raise _no_such_model()
+    key = service.models.base(caller.org_id, model)
+    if key is None:
+        raise _no_such_model()
+    return key
 
 
 def _models(service: Service, caller: Caller) -> list[dict[str, Any]]:
-    versions = service.models.list(caller.org_id)
+    versions = service.models.list(caller.org_id, with_metadata=False)
     promoted = service.models.promoted_ids()
     bases = dict.fromkeys([service.settings.default_base_model, *(version.key.base_model for version in versions)])
     return [
         *(_listed(version, version.org_id) for version in versions if version.training_id in promoted),
         *(_listed(version, f"{version.org_id}@{version.training_id}") for version in versions),
-        # When a base model was made is not known.
-        *({"id": name, "object": "model", "created": 0, "owned_by": "repertory", "parent": None} for name in bases),
+        *(_listed_base(name) for name in bases),
     ]
 
 
@@ -307,6 +312,11 @@ def _listed(version: Version, name: str) -> dict[str, Any]:
         "root": f"{version.org_id}@{version.training_id}",
         "parent": version.key.base_model,
     }
+
+
+def _listed_base(name: str) -> dict[str, Any]:
+    """When a base model was made is not known."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "repertory", "parent": None}
 
 
 def _no_such_model() -> NotFound:
