@@ -151,6 +151,14 @@ def test_from_a_chat_export_to_a_voice(service: RunningService, tmp_path: Path) 
         assistant = [m["content"] for m in row["messages"] if m["role"] == "assistant" and m["weight"] == 1]
         assert learned == [f"{content}<|im_end|>" for content in assistant]
         assert row["trained_tokens"] < row["tokens"]
+    tokens = service.client.get(at).json()["report"]["tokens"]
+    lengths = sorted(row["tokens"] for row in rows)
+    assert (tokens["measured"], tokens["p50"], tokens["longest"]) == (
+        len(rows),
+        lengths[round((len(rows) - 1) / 2)],
+        lengths[-1],
+    )
+    assert tokens["trained_share"] == pytest.approx(sum(r["trained_tokens"] for r in rows) / sum(lengths), abs=0.001)
     body = {"org_id": "exporter", "dataset_id": dataset["dataset_id"], "num_epochs": 3, "hyperparameters": QUICK}
     told = service.client.post("/training/estimate", json=body).json()
     job = service.until(service.client.post("/training/start", json=body).json()["training_id"], "completed", "failed")
@@ -159,6 +167,15 @@ def test_from_a_chat_export_to_a_voice(service: RunningService, tmp_path: Path) 
     assert sum(row["trained_tokens"] for row in rows) > told["trained_tokens"]  # some of them are held out
     assert job["metadata"]["report"]["perplexity"] < job["metadata"]["report"]["base_perplexity"]
     assert say(service, "exporter")["model_info"]["model_path"].endswith(job["training_id"])
+    # Bob's words are in all of them: nothing is left to measure the voice on, and it goes on speaking.
+    gone = service.client.delete("/datasets/consent", params={"org_id": "exporter", "author": "bob"})
+    assert gone.json()["trainings"] == {job["training_id"]: len(rows)}
+    unmeasured = service.client.post("/training/evaluate", json={"org_id": "exporter"})
+    assert (unmeasured.status_code, unmeasured.json()["error"]["code"]) == (422, "data_unusable")
+    marked = say(service, "exporter")["model_info"]["metadata"]["deleted_authors"]
+    assert len(marked) == 1
+    report = (service.folder / "models/finetuned/exporter" / job["training_id"] / "report.json").read_text()
+    assert "test_responses" not in report
 
 
 def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> None:

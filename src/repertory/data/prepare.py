@@ -52,8 +52,13 @@ def _whole_moment(times: list[datetime], cut: int) -> int:
 
 def read_conversations(path: Path) -> list[Conversation]:
     """A stored dataset: JSON lines, one Conversation each, validated when they were stored."""
+    return list(read_numbered(path).values())
+
+
+def read_numbered(path: Path) -> dict[int, Conversation]:
+    """The same by their numbers, from 0; one that was deleted since is an empty line, so that others keep theirs."""
     with path.open(encoding="utf-8") as lines:
-        return [Conversation.model_validate_json(line) for line in lines]
+        return {at: Conversation.model_validate_json(line) for at, line in enumerate(lines) if line != "\n"}
 
 
 def with_system(conversation: Conversation, system_prompt: str | None) -> list[Message]:

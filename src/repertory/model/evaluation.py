@@ -23,7 +23,7 @@ from repertory.contracts import (
     TokenChunk,
 )
 from repertory.data.conversations import Conversation, Message
-from repertory.data.prepare import read_conversations, with_system
+from repertory.data.prepare import read_numbered, with_system
 from repertory.data.render import Row
 from repertory.errors import DataUnusable, ErrorInfo, RepertoryError
 from repertory.model.base import Base
@@ -173,14 +173,16 @@ class _Reply:
 def evaluate(base: Base, engine: Engine, voice: Voice, request: EvaluateRequest) -> Generator[None, None, Evaluation]:
     """Score a version on its job's held-out conversations or on given ones, and let voice and base answer prompts.
 
-    Raises DataUnusable if no conversation fits the model.
+    Raises DataUnusable if no conversation fits the model, or none is left.
     """
     if request.conversations is not None:
         conversations, scored_on = request.conversations, "given"
     else:
-        stored = read_conversations(Path(request.conversations_path or ""))
-        held_out = voice.metadata["held_out"]
-        conversations = [stored[at] for at in held_out] or stored
+        stored = read_numbered(Path(request.conversations_path or ""))
+        if not stored:
+            raise DataUnusable("the conversations of this job were deleted", cure="Send conversations to score it on.")
+        held_out = [at for at in voice.metadata["held_out"] if at in stored]
+        conversations = [stored[at] for at in held_out or stored]
         scored_on = "held-out" if held_out else "training"
     longest = voice.metadata["hyperparameters"]["max_seq_length"]
     rendered = (base.renderer.row(with_system(c, voice.system_prompt), longest) for c in conversations)

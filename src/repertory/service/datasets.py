@@ -107,7 +107,11 @@ class Datasets:
         shutil.rmtree(pending, ignore_errors=True)
         pending.mkdir()
         with (folder / CONSENT).open() as consent, (folder / CONVERSATIONS).open(encoding="utf-8") as said:
-            kept = [pair for pair in zip(consent, said, strict=True) if author_hash not in json.loads(pair[0])]
+            # An empty line in their place: the version knows by their numbers which were held out.
+            kept = [
+                ("[]\n", "\n") if author_hash in json.loads(authors) else (authors, words)
+                for authors, words in zip(consent, said, strict=True)
+            ]
         write_durably(pending / CONSENT, "".join(authors for authors, _ in kept).encode())
         write_durably(pending / CONVERSATIONS, "".join(words for _, words in kept).encode())
         write_manifest(pending, [CONSENT, CONVERSATIONS])  # without the report, which has everybody's names

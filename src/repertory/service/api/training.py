@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -93,10 +94,8 @@ async def estimate(
             validation_split=config.validation_split,
             system_prompt=config.system_prompt,
         )
-        try:
+        with _unusable_is_invalid():
             estimated = await unless_disconnected(request, host.estimate(asked))
-        except DataUnusable as error:  # of a job that runs it is the end; here it is an answer to what was sent
-            raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
     return TrainingEstimate(**estimated.model_dump(), findings=dict(submission.findings) or None)
 
 
@@ -159,9 +158,18 @@ async def evaluate(
         conversations=body.conversations,
         test_prompts=body.test_prompts,
     )
-    with ready_host(service, version.key) as host:
+    with ready_host(service, version.key) as host, _unusable_is_invalid():
         metrics = await unless_disconnected(request, host.client.evaluate(asked))
     return ModelEvaluated(model_path=str(version.folder), model_id=version.training_id, metrics=metrics)
+
+
+@contextmanager
+def _unusable_is_invalid() -> Iterator[None]:
+    """Of a job that runs it is the end; here it is an answer to what was sent."""
+    try:
+        yield
+    except DataUnusable as error:
+        raise InvalidInput(error.message, code=error.code, cure=error.cure, param="conversations") from error
 
 
 def _earlier(body: StartTraining, service: Service, idempotency_key: str | None) -> Accepted | None:
