@@ -177,12 +177,8 @@ def forget(
     from repertory import importer
 
     with complaining():
-        found = importer.forget(url or f"http://localhost:{machine_settings().port}", org, author, key)
-    for kind, change in (("datasets", "is written anew"), ("trainings", "is marked: it learned from these words")):
-        for name, count in found[kind].items():
-            typer.echo(f"{name} {change} ({count:,} conversations with them)")
-    if not found["datasets"] and not found["trainings"]:
-        typer.echo(f"There are no words of {author} in the datasets of {org}.")
+        done = importer.forget(url or f"http://localhost:{machine_settings().port}", org, author, key)
+    typer.echo("\n".join(done) or f"There are no words of {author} in the datasets of {org}.")
 
 
 models = typer.Typer(no_args_is_help=True, help="Base models: list, download, register, remove.")

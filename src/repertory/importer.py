@@ -192,8 +192,8 @@ def _history(path: Path, format: str, options: ReadOptions, console: Console) ->
             yield history
 
 
-def forget(url: str, org_id: str, author: str, key: str) -> dict[str, dict[str, int]]:
-    """Ask the service to delete an author's words. Returns the datasets and trainings that had them.
+def forget(url: str, org_id: str, author: str, key: str) -> list[str]:
+    """Ask the service to delete an author's words. Returns what is done about them, a line each.
 
     Raises what the service refuses it with, and Unavailable where none answers.
     """
@@ -207,7 +207,14 @@ def forget(url: str, org_id: str, author: str, key: str) -> dict[str, dict[str, 
         raise Unavailable(f"no service answers at {url}", code="service_unreachable", cure=cure) from error
     if not answer.is_success:
         raise RepertoryError.from_info(ErrorInfo(status=answer.status_code, **said["error"]))
-    return {"datasets": said["datasets"], "trainings": said["trainings"]}
+    return [
+        *(f"{name} is written anew ({count:,} conversations with them)" for name, count in said["datasets"].items()),
+        *(
+            f"{name} is marked: it learned from these words ({count:,} conversations with them)"
+            for name, count in said["trainings"].items()
+        ),
+        *(f"{name} could never be read: delete it if the words may be in it" for name in said["unread"]),
+    ]
 
 
 def with_flags(cure: str) -> str:

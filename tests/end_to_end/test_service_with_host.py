@@ -176,6 +176,10 @@ def test_from_a_chat_export_to_a_voice(service: RunningService, tmp_path: Path) 
     assert len(marked) == 1
     report = (service.folder / "models/finetuned/exporter" / job["training_id"] / "report.json").read_text()
     assert "test_responses" not in report
+    eventually(lambda: service.client.get(at).json()["status"] == "failed")  # nothing to learn is left
+    longest = max((entry.text for entry in said if entry.author == "bob"), key=len).encode()
+    files = [path for path in (service.folder / "models").rglob("*") if path.is_file() and ".db" not in path.name]
+    assert not [path for path in files if longest in path.read_bytes()]
 
 
 def test_several_voices_answer_at_once_each_its_own(service: RunningService) -> None:

@@ -482,11 +482,14 @@ def test_an_author_s_words_are_deleted_everywhere_and_the_voice_is_marked(
 
     assert len(remains("walrus")) >= 4  # the export, the dataset, the job, its version
     assert listed() == {voice: None, bystander: None}
+    (tmp_path / "noise.bin").write_bytes(b"\x89PNG")
+    unread = imported(service, tmp_path / "noise.bin", "org")["dataset_id"]
     told = CliRunner().invoke(cli.app, ["forget", "carla", "--org", "org", "--url", service.url])
     assert told.exit_code == 0, told.output
     assert told.stdout == (
         f"{dataset_id} is written anew (1 conversations with them)\n"
         f"{voice} is marked: it learned from these words (1 conversations with them)\n"
+        f"{unread} could never be read: delete it if the words may be in it\n"
     )
     dataset = prepared(service, dataset_id)
     assert (dataset["status"], dataset["summary"]["format"], dataset["summary"]["messages"]) == ("ready", "telegram", 5)

@@ -241,12 +241,13 @@ class Imports:
         of_datasets = {name: count for name, count in found.items() if name.startswith(KIND)}
         return of_datasets, {name: count for name, count in found.items() if name not in of_datasets}
 
-    def forget(self, org_id: str, author: str) -> tuple[dict[str, int], dict[str, int]]:
+    def forget(self, org_id: str, author: str) -> tuple[dict[str, int], dict[str, int], list[str]]:
         """Delete an author's words from all of an organisation's datasets and from what its jobs were trained on.
 
-        `author` is an id of the export. Returns what `with_words_of` did before. The datasets are written anew by the
-        worker, which goes on after any end of the process; the versions that learned from the words are marked. Where
-        this is cut off, the same call does the rest.
+        `author` is an id of the export. Returns what `with_words_of` did before, and the datasets that could never be
+        read, of which nobody knows. The datasets are written anew by the worker, which goes on after any end of the
+        process; the versions that learned from the words are marked. Where this is cut off, the same call does the rest.
+
         Raises Conflict while a dataset is being prepared or a job on the words has not ended.
         """
         with self._lock:
@@ -271,7 +272,8 @@ class Imports:
             for training_id in of_jobs:
                 self._files.forget(org_id, training_id, hashed(author, org_id))
             self._woken.notify_all()
-        return {dataset.id: of_datasets.get(dataset.id, 0) for dataset in spoken_in}, of_jobs
+        unread = [one.id for one in held if one not in spoken_in and self._read(one, "authors.json") is None]
+        return {dataset.id: of_datasets.get(dataset.id, 0) for dataset in spoken_in}, of_jobs, unread
 
     def _refuse_unended(self, training_ids: Iterable[str]) -> None:
         with self._store.read() as connection:

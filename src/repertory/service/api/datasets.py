@@ -99,8 +99,9 @@ def forget(
 ) -> Forgotten:
     """Delete an author's words, by the id that `authors` has. The datasets are written anew, and prepared again if they
     were; from what voices were trained on every conversation with such words is taken, and the voices are marked."""
-    of_datasets, of_jobs = service.imports.forget(caller.organisation(org_id), author)
-    return Forgotten(datasets=of_datasets, trainings=of_jobs, message="The words are being deleted.")
+    of_datasets, of_jobs, unread = service.imports.forget(caller.organisation(org_id), author)
+    message = "The words are being deleted."
+    return Forgotten(datasets=of_datasets, trainings=of_jobs, unread=unread, message=message)
 
 
 @router.get("/{dataset_id}")

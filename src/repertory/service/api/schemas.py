@@ -173,6 +173,7 @@ class Consent(BaseModel):
 
 
 class Forgotten(Consent):
+    unread: list[str]  # datasets that could never be read: delete them if the words may be in them
     message: str
 
 
