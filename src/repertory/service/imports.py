@@ -246,8 +246,7 @@ class Imports:
 
         `author` is an id of the export. Returns what `with_words_of` did before, and the datasets that could never be
         read, of which nobody knows. The datasets are written anew by the worker, which goes on after any end of the
-        process; the versions that learned from the words are marked. Where this is cut off, the same call does the rest.
-
+        process; the versions that learned from the words are marked. If this is cut off, the same call does the rest.
         Raises Conflict while a dataset is being prepared or a job on the words has not ended.
         """
         with self._lock:

@@ -15,6 +15,7 @@ end. The process ends with the service.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -134,6 +135,7 @@ def main() -> int:
     os.nice(POLITENESS)
     configure("INFO")
     try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # another service on this database may be at it too
         _tell(run(folder, order, _tell))
     except OSError as error:
         log.error("the disk refused an import", **without_text(error))
