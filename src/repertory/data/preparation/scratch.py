@@ -30,7 +30,7 @@ PRAGMA synchronous = OFF;
 CREATE TABLE entries (number INTEGER PRIMARY KEY, channel TEXT, thread TEXT, id TEXT, author TEXT, text TEXT,
     time REAL, second INTEGER, reply_to TEXT, mentions TEXT, bot INTEGER, forwarded INTEGER, trained INTEGER);
 CREATE TABLE prompts (channel TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, begin INTEGER, texts TEXT, about TEXT);
+CREATE TABLE sessions (number INTEGER PRIMARY KEY, begin INTEGER, key INTEGER, texts TEXT, about TEXT);
 CREATE TABLE conversations (number INTEGER PRIMARY KEY, body TEXT, authors TEXT);
 CREATE TABLE keys (key INTEGER PRIMARY KEY, times INTEGER);
 """
@@ -170,12 +170,16 @@ class Scratch:
         turns = [[t.author_id, t.begin, t.end, t.ids, t.reply_to, t.mentions, t.is_trained] for t in session.turns]
         about = json.dumps([session.channel, session.context, turns])
         begin = session.turns[session.context].begin
-        self._database.execute("INSERT INTO sessions VALUES (NULL, ?, ?, ?)", (begin, texts, about))
+        row = (begin, _key([texts]), texts, about)
+        self._database.execute("INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?)", row)
 
     def sessions(self, *, by_time: bool) -> Iterator[Session]:
         """By time in an order that the export does not decide, or as they were added."""
-        order = "begin, texts" if by_time else "number"
-        for texts, about in self._database.execute(f"SELECT texts, about FROM sessions ORDER BY {order}"):
+        # Numbers are sorted, not texts: SQLite's sorter holds a row of each of its runs, and rows have megabytes.
+        order = "begin, key" if by_time else "number"
+        for (number,) in self._database.execute(f"SELECT number FROM sessions ORDER BY {order}"):
+            row = self._database.execute("SELECT texts, about FROM sessions WHERE number = ?", (number,))
+            texts, about = row.fetchone()
             channel, context, turns = json.loads(about)
             of_turns = zip(turns, json.loads(texts), strict=True)
             yield Session(
