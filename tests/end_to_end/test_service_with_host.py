@@ -178,7 +178,8 @@ def test_from_a_chat_export_to_a_voice(service: RunningService, tmp_path: Path) 
     assert "test_responses" not in report
     eventually(lambda: service.client.get(at).json()["status"] == "failed")  # nothing to learn is left
     longest = max((entry.text for entry in said if entry.author == "bob"), key=len).encode()
-    files = [path for path in (service.folder / "models").rglob("*") if path.is_file() and ".db" not in path.name]
+    files = [path for path in (service.folder / "models").glob("*/exporter/**/*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
     assert not [path for path in files if longest in path.read_bytes()]
 
 
