@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -314,7 +313,7 @@ def test_a_promotion_in_the_middle_of_a_reply_changes_the_next_one_alone(service
 def test_a_voice_whose_files_are_damaged_can_still_be_unloaded(service: RunningService) -> None:
     training_id = service.trained("damaged")
     loaded = service.client.post("/models/load?org_id=damaged").json()
-    (Path(loaded["model_info"]["model_path"]) / "MANIFEST.json").unlink()
+    (service.folder / loaded["model_info"]["model_path"] / "MANIFEST.json").unlink()
     answer = service.client.post("/generate?org_id=damaged", json={"message": "Hi"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_damaged")
     unloaded = service.client.post("/models/unload", json={"org_id": "damaged", "model_id": training_id})
