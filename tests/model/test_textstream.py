@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+import regex
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -37,6 +38,46 @@ def test_an_emoji_of_many_tokens_comes_in_whole_characters() -> None:
     pieces = streamed("hey 👩‍👩‍👧!", [])
     assert "".join(pieces) == "hey 👩‍👩‍👧!"
     assert "" in pieces  # bytes of an unfinished character were held back
+
+
+EMOJI = ["👩‍👩‍👧", "🏳️‍🌈", "👍🏽", "🇩🇪", "🇯🇵", "❤️", "👨🏿‍🚀", "😀", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"]
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.sampled_from([*EMOJI, "日本", "한국", "é", "ok", " ", "a"]), min_size=1, max_size=8),
+    stop=st.sampled_from([[], ["ok a"], ["日本語"]]),
+    continues=st.booleans(),
+)
+def test_no_emoji_is_cut_in_two_between_pieces(parts: list[str], stop: list[str], continues: bool) -> None:
+    ids = TOKENIZER("".join(parts), add_special_tokens=False)["input_ids"]
+    stream = TextStream(decode, stop, TOKENIZER("x", add_special_tokens=False)["input_ids"] if continues else ())
+    told = ""
+    ends = []
+    for token in ids:
+        told += stream.push(token)
+        ends.append(len(told))
+        if stream.is_stopped:
+            break
+    told += stream.rest()
+    begin = 0
+    for character in regex.findall(r"\X", told):
+        if regex.search(r"\p{Extended_Pictographic}|\p{Regional_Indicator}", character):
+            assert not any(begin < end < begin + len(character) for end in ends), (character, ends)
+        begin += len(character)
+    if not stop:
+        assert told == ("".join(parts) if continues else "".join(parts).strip())
+
+
+def test_words_do_not_wait_for_what_follows_them() -> None:
+    stream = TextStream(decode, [])
+    ids = TOKENIZER("ok 日本", add_special_tokens=False)["input_ids"]
+    assert "".join(stream.push(token) for token in ids) == "ok 日本"
+
+
+def test_an_emoji_before_a_stop_string_is_told() -> None:
+    assert "".join(streamed("hi 😀STOP and more", ["STOP"])) == "hi 😀"
+    assert "".join(streamed("hi 😀 STOP", ["STOP"])) == "hi 😀"
 
 
 @given(

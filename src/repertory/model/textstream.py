@@ -1,5 +1,7 @@
 """Tokens to text as they come: only what decodes cleanly, and nothing that may turn out to be a stop string.
 
+An emoji may be made of several characters, as a family or a flag is, and comes whole, so it waits for what follows it.
+
 White space around a reply is left out, as it is in training: some templates put a space of their own there. That of a
 text which is continued is kept: it is the only thing between its last word and the next.
 """
@@ -9,7 +11,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+import regex
+
 REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are no whole character yet
+
+GRAPHEME = regex.compile(r"\X")
+OF_EMOJI = regex.compile(r"[\p{Extended_Pictographic}\p{Regional_Indicator}\u200d]")
 
 
 class TextStream:
@@ -27,7 +34,7 @@ class TextStream:
         self._held = ""  # text that may be the beginning of a stop string
         self._keeps_space = bool(continues)
         self._has_begun = False
-        self._blank = ""  # white space that belongs to the reply if more comes
+        self._open = ""  # an emoji that may go on, and white space that belongs to the reply if more comes
         self._ends: list[int] = []  # of each token of the reply that has become text: where it ends in that
         self._length = 0  # of the decoded text
         self._stopped_at = 0  # in the decoded text
@@ -36,7 +43,7 @@ class TextStream:
     @property
     def tokens_told(self) -> int:
         """How many tokens are in the text told so far, whole: one that runs into a stop string is not."""
-        end = self._stopped_at if self.is_stopped else self._length - len(self._held) - len(self._blank)
+        end = self._stopped_at if self.is_stopped else self._length - len(self._held) - len(self._open)
         return bisect_right(self._ends, end)
 
     def push(self, token: int) -> str:
@@ -47,7 +54,8 @@ class TextStream:
             return ""
         self._measure(text)
         self._context, self._told = self._told, len(self._ids)
-        return self._trimmed(self._without_stop(text))
+        certain = self._without_stop(text)
+        return self._closed(certain, is_end=self.is_stopped)
 
     def rest(self) -> str:
         """What was held back, once no token follows. Nothing if a stop string was found."""
@@ -58,7 +66,7 @@ class TextStream:
         text = self._without_stop(unfinished)
         if not self.is_stopped:
             text, self._held = text + self._held, ""
-        return self._trimmed(text)
+        return self._closed(text, is_end=True)
 
     def _new_text(self) -> str:
         """Text of the tokens not told yet. Decoded after some that were, since a token's text depends on its left."""
@@ -70,15 +78,15 @@ class TextStream:
         self._length += len(text)
         self._ends += [self._length] * (len(self._ids) - self._told)
 
-    def _trimmed(self, text: str) -> str:
-        if self._keeps_space:
-            return text
-        if not self._has_begun:
+    def _closed(self, text: str, *, is_end: bool) -> str:
+        text = self._open + text
+        if not (self._keeps_space or self._has_begun):
             text = text.lstrip()
             self._has_begun = bool(text)
-        text = self._blank + text
-        told = text.rstrip()
-        self._blank = text[len(told) :]
+        told = text if is_end else _without_last_emoji(text)
+        if not self._keeps_space:
+            told = told.rstrip()
+        self._open = text[len(told) :]
         return told
 
     def _without_stop(self, text: str) -> str:
@@ -91,6 +99,12 @@ class TextStream:
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _without_last_emoji(text: str) -> str:
+    """`text`, which begins with a whole character, without an emoji at its end."""
+    last = (GRAPHEME.findall(text) or [""])[-1]
+    return text.removesuffix(last) if OF_EMOJI.search(last) else text
 
 
 def _overlap(text: str, stop: str) -> int:
