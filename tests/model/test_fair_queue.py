@@ -23,7 +23,9 @@ shapes = st.lists(st.tuples(st.integers(1, LONGEST_PROMPT), st.integers(1, LONGE
 class Simulation:
     """Steps a scheduler as the engine does, without a model; every reply gets as long as it may."""
 
-    def __init__(self, rows: int, shapes: dict[str, list[Shape]]) -> None:
+    def __init__(self, rows: int, shapes: dict[str, list[Shape]], known: frozenset[str] = frozenset()) -> None:
+        """`known`: organisations of whose prompts all but the last token is in the prefix cache."""
+        self.known = known
         self.scheduler = Scheduler(rows, 16, lambda sequences: True)
         self.shapes = {org: cycle(pattern) for org, pattern in shapes.items()}
         self.waiting: Counter[str] = Counter()
@@ -43,7 +45,10 @@ class Simulation:
             if one not in before:
                 self.admitted.append(one.org_id)
                 self.waiting[one.org_id] -= 1
-                self.given[one.org_id] += PROMPT_WEIGHT * len(one.prompt_ids)
+                if one.org_id in self.known:
+                    one.cached_tokens = len(one.prompt_ids) - 1
+                    self.scheduler.spare(one, one.cached_tokens)
+                self.given[one.org_id] += PROMPT_WEIGHT * (len(one.prompt_ids) - one.cached_tokens)
         step = self.scheduler.next_step()
         for one in step.writing:
             self.given[one.org_id] += OUTPUT_WEIGHT
@@ -108,9 +113,19 @@ def test_long_requests_do_not_win_more_than_short_ones_do() -> None:
     simulation = Simulation(2, {"long": [(40, 30)], "short": [(2, 1)]})
     for _ in range(3000):
         for org in ("long", "short"):
-            simulation.send(org, max(0, 2 - simulation.waiting[org]))
+            simulation.send(org, max(0, 3 - simulation.waiting[org]))
         simulation.step()
     assert 0.9 < simulation.given["long"] / simulation.given["short"] < 1.1
+
+
+def test_what_need_not_be_computed_is_not_paid_for() -> None:
+    simulation = Simulation(2, {"known": [(40, 4)], "new": [(40, 4)]}, known=frozenset(["known"]))
+    for _ in range(1000):
+        for org in ("known", "new"):
+            simulation.send(org, max(0, 3 - simulation.waiting[org]))
+        simulation.step()
+    assert 0.9 < simulation.given["known"] / simulation.given["new"] < 1.1
+    assert 4 < simulation.admitted.count("known") / simulation.admitted.count("new") < 6
 
 
 def test_nobody_saves_up_turns_by_staying_away() -> None:

@@ -80,6 +80,7 @@ ROUTES: dict[str, Route] = {
     "GET /api/v1/models/{org_id}/info": Route(Scope.READ),
     "GET /api/v1/models/{org_id}/list": Route(Scope.READ),
     "GET /api/v1/health": Route(None, names_nothing=True),
+    "GET /metrics": Route(Scope.ADMIN),
     "POST /v1/chat/completions": Route(Scope.INFER, json=CHAT),
     "POST /v1/completions": Route(Scope.INFER, json={"model": "{org_id}", "prompt": "Once"}),
     "GET /v1/models": Route(Scope.INFER, names_nothing=True),

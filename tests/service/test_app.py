@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
+from repertory.service.api import body
 from repertory.service.api.app import create_app
 from repertory.service.jobs import Jobs
 from repertory.settings import Settings
@@ -21,6 +22,7 @@ def app(clean_settings: Settings) -> Iterator[FastAPI]:
     """Not started: it has a database, but no hosts."""
     made = create_app(clean_settings)
     yield made
+    made.state.service.hosts.stop()
     made.state.service.store.close()
 
 
@@ -79,7 +81,7 @@ def test_the_description_of_the_api_names_every_body(app: FastAPI) -> None:
     assert form == {"$ref": "#/components/schemas/NewDataset"}
     assert {"org_id", "file", "persona"} <= set(described["components"]["schemas"]["NewDataset"]["properties"])
     for path, methods in described["paths"].items():
-        assert path.startswith(("/api/v1/", "/v1/"))
+        assert path.startswith(("/api/v1/", "/v1/")) or path == "/metrics"
         for method, operation in methods.items():
             assert operation["summary"], (path, method)
             assert ("requestBody" in operation) == (method in ("post", "put")), (path, method)
@@ -91,12 +93,14 @@ def test_named_hosts_are_answered_for_and_no_others(clean_settings: Settings, al
     app = create_app(settings)
     for host, status in (("ml-training:8300", 200), ("localhost", 200), ("evil.example", 403)):
         assert get_as(app, host).status_code == status
+    app.state.service.hosts.stop()
     app.state.service.store.close()
 
 
 def test_not_bound_to_loopback_every_host_is_answered_for(clean_settings: Settings) -> None:
     app = create_app(clean_settings.model_copy(update={"host": "0.0.0.0"}))
     assert get_as(app, "ml-training:8300").status_code == 200
+    app.state.service.hosts.stop()
     app.state.service.store.close()
 
 
@@ -118,3 +122,19 @@ def get_as(app: FastAPI, host: str, **headers: str) -> httpx.Response:
             return await client.get("/api/v1/health", headers=headers)
 
     return asyncio.run(ask())
+
+
+def test_who_stops_in_the_middle_of_a_body_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "SILENCE_SECONDS", 0.05)
+
+    async def half_a_body() -> AsyncIterator[bytes]:
+        yield b'{"message": '
+        await asyncio.sleep(3600)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api/v1") as client:
+            return await client.post("/generate", content=half_a_body(), headers={"content-type": "application/json"})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")

@@ -17,18 +17,10 @@ import openai
 import pytest
 
 from running_service import RunningService, eventually
+from service_clients import HI, LONG, client_of, running
 
 Start = Callable[..., RunningService]
-HI: Any = [{"role": "user", "content": "Hi"}]
-LONG: Any = [{"role": "user", "content": "a long one"}]
 DEFAULT_BASE = "bundled/SmolLM2-135M-Instruct"
-
-
-def client_of(service: RunningService, **options: Any) -> openai.OpenAI:
-    """No retries where none are asked for, and no proxy of whoever runs the tests."""
-    http = openai.DefaultHttpxClient(trust_env=False, event_hooks=options.pop("event_hooks", {}))
-    defaults: dict[str, Any] = {"api_key": "none is needed", "max_retries": 0, "http_client": http}
-    return openai.OpenAI(base_url=f"{service.url}/v1", **defaults | options)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +33,6 @@ def client(service: RunningService) -> Iterator[openai.OpenAI]:
 def versions(service: RunningService) -> list[str]:
     """Two of one organisation, older first."""
     return [service.trained("oa-org"), service.trained("oa-org")]
-
-
-def running(service: RunningService) -> int:
-    return int(sum(host["running"] for host in service.client.get("/health").json()["hosts"]))
 
 
 # Models

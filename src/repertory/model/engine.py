@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 
 import psutil
 import torch
 
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, TokenLogprob
 from repertory.data.conversations import Message
-from repertory.errors import ErrorInfo, InvalidInput
+from repertory.errors import DeadlineExceeded, ErrorInfo, InvalidInput
 from repertory.model.base import Base
 from repertory.model.kvcache import CachedRows, KVCache
 from repertory.model.lora import Adapter, AdapterStacks, Serving
@@ -33,6 +34,7 @@ class Engine:
         self.base = base
         self.cache = base.kv_cache()
         self.stacks = AdapterStacks()
+        self.steps = 0  # forward passes since the start
         free = _free_bytes(base.device)
         self.cache_bytes = int(free * CACHE_SHARE)
         self.prefixes: PrefixCache[torch.Tensor] = PrefixCache(int(free * PREFIX_SHARE))  # blocks (L, 2, G, T, D)
@@ -43,6 +45,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the cache's bytes that hold keys and values, 0 to 1. May be asked from any thread."""
+        tokens = sum(sequence.cached_tokens for sequence in self.scheduler.running)
+        return min(1.0, tokens * self.base.cache_bytes_per_token / self.cache_bytes)
 
     def sequence(
         self,
@@ -130,6 +138,14 @@ class Engine:
         self.scheduler.slots.forget(adapter)
         self.stacks.forget(adapter)
 
+    def _end_overdue(self) -> None:
+        for sequence in self.scheduler.overdue(monotonic()):
+            error = DeadlineExceeded(
+                f"The time of this request was over after {len(sequence.output_ids)} tokens of its reply."
+            )
+            sequence.emit(TokenChunk(error=error.info))
+            self.cancel(sequence)
+
     def cancel(self, sequence: Sequence) -> None:
         """Its row is free at the next step."""
         sequence.is_finished = True
@@ -150,6 +166,10 @@ class Engine:
 
         Where it breaks off, no sequence has changed: what it left in the cache is written again by the next step.
         """
+        self._end_overdue()
+        if not self.has_work:
+            return
+        self.steps += 1
         self.scheduler.admit()
         for sequence in self.scheduler.prefilling:
             self._provide(sequence)
@@ -181,8 +201,10 @@ class Engine:
         if known > first:
             blocks = self.prefixes.get(sequence.block_keys[:known])[first:]
             self.cache.write(sequence, first * BLOCK_TOKENS, torch.cat(blocks, dim=3))
-            sequence.reused_tokens += known * BLOCK_TOKENS - sequence.cached_tokens
-            sequence.cached_tokens = known * BLOCK_TOKENS
+            spared = known * BLOCK_TOKENS - sequence.cached_tokens
+            self.scheduler.spare(sequence, spared)
+            sequence.reused_tokens += spared
+            sequence.cached_tokens += spared
 
     def _keep_blocks(self, chunk: Chunk) -> None:
         """Those that a chunk has completed, for prompts of the same version that begin alike."""

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -159,7 +160,11 @@ class Host:
             runs=loop.run_ids,
             memory_bytes=loop.memory_bytes,
             parameters=loop.base.parameter_count,
-            stats=HostStats(adapters={"ram": loop.voices.stats, "slots": scheduler.slots.stats}),
+            stats=HostStats(
+                steps=loop.engine.steps,
+                kv_cache_usage=loop.engine.cache_usage,
+                adapters={"ram": loop.voices.stats, "slots": scheduler.slots.stats},
+            ),
         )
 
     def _say(self, phase: str) -> None:
@@ -183,6 +188,7 @@ def make_app(host: Host) -> Starlette:
         return _json(host.health)
 
     async def generate(request: Request) -> Response:
+        came_at = monotonic()
         asked = await _body(request, GenerateRequest)
         loop = host.loop
         chunks, tell = _stream_of(TokenChunk)
@@ -193,6 +199,8 @@ def make_app(host: Host) -> Starlette:
                 voice = await unless_disconnected(request, loading)
                 adapter, system_prompt = voice.adapter, voice.system_prompt
             sequence = await asyncio.to_thread(loop.engine.sequence, asked, adapter, system_prompt, tell)
+            if asked.timeout_seconds is not None:
+                sequence.deadline = came_at + asked.timeout_seconds  # the time to load its voice included
             loop.submit(sequence)
             stack.callback(loop.cancel, sequence)  # also when the reader goes away
             at_end = stack.pop_all()

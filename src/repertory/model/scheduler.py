@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -38,6 +39,7 @@ class Sequence:
     reused_tokens: int = 0  # of the prompt: they were not computed again
     is_finished: bool = False
     came_at: float = field(default_factory=monotonic)
+    deadline: float = inf  # on the same clock
     queue_seconds: float = 0.0
     slot: Any = None  # its place in the slots, while it has one
 
@@ -222,10 +224,18 @@ class Scheduler:
             return None
         self.slots.enter(sequence)
         # Charged as soon as it is let in, or its organisation would be let in again before its prompt is read.
-        self._queue.charge(sequence.org_id, prompt_tokens=len(sequence.prompt_ids) - sequence.cached_tokens)
+        self._queue.charge(sequence.org_id, prompt_tokens=len(sequence.prompt_ids))
         self._queue.remove(sequence)
         sequence.queue_seconds = monotonic() - sequence.came_at
         return sequence
+
+    def spare(self, sequence: Sequence, tokens: int) -> None:
+        """So many of its prompt need not be computed, and its organisation need not pay for them."""
+        self._queue.charge(sequence.org_id, prompt_tokens=-tokens)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Those whose time is over, running or waiting."""
+        return [sequence for sequence in (*self.running, *self._queue) if sequence.deadline <= now]
 
     def take_waiting(self) -> list[Sequence]:
         """Everyone who waits, who no longer does."""

@@ -63,6 +63,7 @@ from repertory.data.imports import TokenReport
 from repertory.data.prepare import read_conversations, with_system
 from repertory.errors import (
     BaseModelUnavailable,
+    DeadlineExceeded,
     ErrorInfo,
     InsufficientMemory,
     JobFailed,
@@ -117,6 +118,7 @@ class FakeHost:
         )
 
     def generate(self, request: GenerateRequest) -> Generator[TokenChunk]:
+        begin = time.monotonic()
         message = request.messages[-1].content if request.prompt is None else request.prompt
         if "die" in message.split():
             os._exit(1)
@@ -134,6 +136,9 @@ class FakeHost:
             used = Usage(prompt_tokens=prompt_words, completion_tokens=0, cached_tokens=known_words)
             for said, word in enumerate(words[: request.max_tokens], 1):
                 time.sleep(WORD_SECONDS)
+                if request.timeout_seconds is not None and time.monotonic() > begin + request.timeout_seconds:
+                    yield TokenChunk(error=DeadlineExceeded("The time of this request was over.").info)
+                    return
                 used = used.model_copy(update={"completion_tokens": said})
                 yield TokenChunk(text=word, logprobs=self._scores(word, request.top_logprobs), usage=used)
             yield TokenChunk(finish_reason="length" if len(words) >= request.max_tokens else "stop", usage=used)

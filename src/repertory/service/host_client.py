@@ -105,7 +105,7 @@ class HostClient:
             ):
                 if response.is_error:
                     raise _refusal(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     chunk = TokenChunk.model_validate_json(line)
                     if chunk.error is not None:
                         raise RepertoryError.from_info(chunk.error)
@@ -178,6 +178,17 @@ class HostClient:
             timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
             trust_env=False,
         )
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """What `aiter_lines` does, without decoding what is parsed as bytes."""
+    rest = b""
+    async for piece in response.aiter_raw():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 class _Refusal(BaseModel):

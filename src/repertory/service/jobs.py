@@ -240,9 +240,23 @@ class Jobs:
     def counts(self) -> dict[str, int]:
         """How many jobs are in each status that is not terminal."""
         counted = select(jobs.c.status, func.count()).where(jobs.c.status.not_in(TERMINAL)).group_by(jobs.c.status)
+        return self._counted(counted, (Status.QUEUED, *ACTIVE))
+
+    def counts_of_all(self) -> dict[str, int]:
+        """How many jobs are in each status."""
+        return self._counted(select(jobs.c.status, func.count()).group_by(jobs.c.status), tuple(Status))
+
+    def _counted(self, query: Select[Any], statuses: Sequence[Status]) -> dict[str, int]:
         with self._store.read() as connection:
-            found = {row[0]: row[1] for row in connection.execute(counted)}
-        return {status: found.get(status, 0) for status in (Status.QUEUED, *ACTIVE)}
+            found = {row[0]: row[1] for row in connection.execute(query)}
+        return {status: found.get(status, 0) for status in statuses}
+
+    def tokens_per_second(self) -> float:
+        """Of all runs that learn now together, each at its last step."""
+        learning = select(jobs.c.metadata).where(jobs.c.status == Status.RUNNING)
+        with self._store.read() as connection:
+            speeds = [metadata.get("tokens_per_second") or 0.0 for metadata in connection.execute(learning).scalars()]
+        return float(sum(speeds))
 
     def claim(self, job_id: str, owner: str, base_model: str | None = None) -> Job | None:
         """Take a queued job, or None if it is no longer there to be taken. Its new `lease_epoch` is the claim's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from repertory.settings import Settings, settings
 log = structlog.get_logger()
 
 _ADDRESS_CURE = "Set HOST to an address of this machine (127.0.0.1, or 0.0.0.0 for all) and PORT to 1024 or above."
+KEEP_ALIVE_SECONDS = 30  # longer than clients do (httpx: 5), so that none sends into a connection that is being closed
 STOP_SECONDS = 5  # for the requests that are being answered when the service is told to stop
 
 
@@ -35,6 +37,7 @@ def serve() -> int:
         return _say_no(f"{error.message}. {error.cure}")
     logs.configure(present.log_level)
     os.umask(0o077)  # conversations, voices and keys are no business of the machine's other users
+    _allow_open_files()
     try:
         listener = _listen(present)
     except UnicodeError:  # a name that no resolver would take
@@ -63,6 +66,7 @@ def serve() -> int:
                 server_header=False,
                 proxy_headers=False,  # whatever a proxy or a client says of addresses: nothing decides by it
                 timeout_graceful_shutdown=STOP_SECONDS,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )
         # uvicorn handles both while it runs, and raises them again afterwards: by then all is done.
@@ -79,6 +83,12 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)  # hosts end with us
         log.info("told to stop", signal=signal.Signals(sig).name)
         super().handle_exit(sig, frame)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this user have: connections are files, and the usual 1,024 are soon used up."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(present: Settings) -> socket.socket:

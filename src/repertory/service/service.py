@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import structlog
 
+from repertory.service.admission import Admission
 from repertory.service.datasets import Datasets
 from repertory.service.dispatcher import Dispatcher
 from repertory.service.erasure import Erasure
@@ -11,6 +12,7 @@ from repertory.service.hosts import Hosts
 from repertory.service.imports import Imports
 from repertory.service.jobs import Jobs
 from repertory.service.keys import Keys, ServiceSecret
+from repertory.service.metrics import Metrics
 from repertory.service.models import Models
 from repertory.service.organisations import Limits, Organisations
 from repertory.service.quotas import Quotas
@@ -38,7 +40,6 @@ class Service:
         self.dispatcher = Dispatcher(
             settings, self.store, self.jobs, self.datasets, self.models, self.hosts, self.quotas
         )
-
         self.erasure = Erasure(
             self.store,
             self.jobs,
@@ -48,6 +49,8 @@ class Service:
             self.dispatcher.cancel,
             (settings.dataset_dir, settings.finetuned_model_dir, settings.checkpoint_dir),
         )
+        self.admission = Admission(settings.max_concurrent_generations)
+        self.metrics = Metrics(self)
 
     def start(self) -> None:
         if not self.keys.are_required():

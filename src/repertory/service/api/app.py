@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from repertory.data.imports import ImportOptions
-from repertory.service.api import admin, datasets, errors, events, inference, openai, training
+from repertory.service.api import admin, datasets, errors, events, inference, metrics, openai, training
 from repertory.service.api.admin import NewKey, NewOrganisation, RotateKey
 from repertory.service.api.datasets import NewDataset
 from repertory.service.api.deps import authenticated, strict_query
@@ -70,8 +70,10 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router, prefix=PREFIX, dependencies=guarded)
     app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=guarded)
     app.include_router(inference.health_router, prefix=PREFIX, dependencies=[Depends(strict_query)])
+    app.include_router(metrics.router, dependencies=guarded)
     errors.install(app)
     app.add_middleware(Envelope, settings=settings)
+    app.add_middleware(metrics.Measured, metrics=service.metrics, prefixes=(PREFIX, OPENAI_PREFIX))
     _describe_bodies(app)
     return app
 

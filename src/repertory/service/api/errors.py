@@ -159,6 +159,8 @@ def error_response(info: ErrorInfo, request_id: str, problems: Sequence[ErrorInf
     response = JSONResponse(error_body(info, request_id, problems), status_code=info.status)
     if info.retry_after_seconds is not None:
         response.headers["retry-after"] = str(max(1, ceil(info.retry_after_seconds)))  # never too early
+    if info.status == HTTPStatus.GATEWAY_TIMEOUT:
+        response.headers["x-should-retry"] = "false"  # OpenAI's client would ask for the same again, twice
     if info.status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response

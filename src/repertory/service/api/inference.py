@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from repertory.connection import unless_disconnected
-from repertory.contracts import GenerateRequest, TokenChunk
+from repertory.contracts import GenerateRequest
 from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unauthenticated
 from repertory.service.api.body import body_of, optional_body_of
 from repertory.service.api.deps import (
@@ -31,11 +31,13 @@ from repertory.service.api.replies import (
     END,
     OR_EVENTS,
     EventStream,
+    Piece,
     Voice,
+    allowed_seconds,
     chain,
     event,
     ready_host,
-    reply,
+    replies,
     unavailable,
 )
 from repertory.service.api.schemas import (
@@ -72,12 +74,13 @@ async def generate(
 ) -> Generated | Response:
     """A reply in the organisation's voice, whole or (with `stream`) as server-sent events."""
     voice = await run_in_threadpool(_voice, service, caller, org_id, body.model_id)
-    pieces = reply(service, voice, _for_host(body, voice, service.settings, request.state.request_id))
+    asked = _for_host(body, voice, service.settings, request.state.request_id)
+    pieces = replies(service, voice, [asked])
     if body.stream:
         # With the first piece in hand, everything that can be refused has been, with a status of its own.
         first = await unless_disconnected(request, anext(pieces))
         events = _events(first, pieces, voice, request.state.request_id)
-        return EventStream(events, pieces)
+        return EventStream(events, pieces, allowed_seconds(service.settings, body.timeout_seconds))
     return await unless_disconnected(request, _whole(pieces, voice))
 
 
@@ -235,13 +238,14 @@ def _for_host(body: Generate, voice: Voice, settings: Settings, request_id: str)
         max_tokens=settings.max_new_tokens if body.max_tokens is None else body.max_tokens,
         stop=body.stop,
         seed=body.seed,
+        timeout_seconds=allowed_seconds(settings, body.timeout_seconds),
     )
 
 
-async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
+async def _whole(pieces: AsyncGenerator[Piece], voice: Voice) -> Generated:
     text = ""
     async with aclosing(pieces):
-        async for piece in pieces:
+        async for _, piece in pieces:
             text += piece.text
             if piece.finish_reason is not None and piece.usage is not None:
                 return Generated(
@@ -253,11 +257,9 @@ async def _whole(pieces: AsyncGenerator[TokenChunk], voice: Voice) -> Generated:
     raise AssertionError("a host client ends with a finish_reason or an error")
 
 
-async def _events(
-    first: TokenChunk, rest: AsyncIterator[TokenChunk], voice: Voice, request_id: str
-) -> AsyncGenerator[str]:
+async def _events(first: Piece, rest: AsyncIterator[Piece], voice: Voice, request_id: str) -> AsyncGenerator[str]:
     try:
-        async for piece in chain(first, rest):
+        async for _, piece in chain(first, rest):
             if piece.text:
                 yield event({"text": piece.text})
             if piece.finish_reason is not None and piece.usage is not None:

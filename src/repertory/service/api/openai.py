@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
@@ -24,13 +23,22 @@ from repertory.service.api.body import body_of
 from repertory.service.api.deps import Caller, MayInfer, ServiceDep
 from repertory.service.api.errors import error_body
 from repertory.service.api.openai_schemas import ChatCompletion, Completing, TextCompletion
-from repertory.service.api.replies import END, OR_EVENTS, EventStream, Voice, chain, event, reply, unavailable
+from repertory.service.api.replies import (
+    END,
+    OR_EVENTS,
+    EventStream,
+    Piece,
+    Voice,
+    allowed_seconds,
+    chain,
+    event,
+    replies,
+    unavailable,
+)
 from repertory.service.models import LATEST, Version
 from repertory.service.service import Service
 
 NOBODY = "base"  # whose turn it is where the bare base is asked by name
-
-Piece = tuple[int, TokenChunk]  # with the index of the choice it belongs to
 
 
 class OpenAIRoute(APIRoute):
@@ -113,6 +121,7 @@ async def _answer(
     voice = await run_in_threadpool(_voice, service, caller, body.model)
     request_id = request.state.request_id
     settings = service.settings
+    timeout_seconds = allowed_seconds(settings, body.timeout_seconds)
     asked = [
         GenerateRequest(
             request_id=f"{request_id}-{at}",
@@ -125,6 +134,7 @@ async def _answer(
             max_tokens=max_tokens or settings.max_new_tokens,
             stop=body.stop,
             seed=None if body.seed is None else _seed_of_choice(body.seed, at),
+            timeout_seconds=timeout_seconds,
         )
         for at in range(len(prompts) * body.choices_per_prompt)
     ]
@@ -138,32 +148,13 @@ async def _answer(
         choices=len(asked),
         choices_per_prompt=body.choices_per_prompt,
     )
-    pieces = _merged([reply(service, voice, one) for one in asked])
+    pieces = replies(service, voice, asked)
     if body.stream:
         # With the first piece in hand, everything that can be refused has been, with a status of its own.
         first = await unless_disconnected(request, anext(pieces))
-        return EventStream(answer.events(chain(first, pieces), with_usage=body.includes_usage), pieces)
+        events = answer.events(chain(first, pieces), with_usage=body.includes_usage)
+        return EventStream(events, pieces, timeout_seconds)
     return JSONResponse(await unless_disconnected(request, answer.whole(pieces)))
-
-
-async def _merged(replies: Sequence[AsyncGenerator[TokenChunk]]) -> AsyncGenerator[Piece]:
-    """The pieces of several replies as they come, each with the index of its own. Closing it stops them all."""
-    waiting = {asyncio.ensure_future(anext(one)): at for at, one in enumerate(replies)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for one in sorted(done, key=waiting.__getitem__):
-                chunk = one.result()
-                at = waiting.pop(one)
-                if chunk.finish_reason is None:
-                    waiting[asyncio.ensure_future(anext(replies[at]))] = at
-                yield at, chunk
-    finally:
-        for one in waiting:
-            one.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for source in replies:
-            await source.aclose()
 
 
 @dataclass(frozen=True, kw_only=True)

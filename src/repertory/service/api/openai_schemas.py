@@ -81,6 +81,7 @@ class Completing(Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)  # not OpenAI's; the same as in the native API
+    timeout_seconds: float | None = Field(None, gt=0, le=86_400)  # likewise
     # Nothing about a reply depends on these.
     user: Ignored = None
     # These would change it.

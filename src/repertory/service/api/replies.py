@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, Hyperparameters, TokenChunk
 from repertory.errors import InvalidInput, JobFailed, Unavailable
+from repertory.service.admission import Admitted
 from repertory.service.base_model import UNUSABLE
 from repertory.service.host_client import HostClient
 from repertory.service.hosts import Host
 from repertory.service.models import Version
 from repertory.service.service import Service
+from repertory.settings import Settings
 
 FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
+DELIVERY_SECONDS = 10.0  # for the rest of a reply whose time is over
 END = "data: [DONE]\n\n"
 OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+
+Piece = tuple[int, TokenChunk]  # with the index of the reply it belongs to
 
 T = TypeVar("T")
 
@@ -42,6 +49,18 @@ class Voice:
     def answered_by(self) -> str:
         """The version, or the base model with its revision: what a reply can be traced to."""
         return self.key.name if self.version is None else self.version.training_id
+
+
+def allowed_seconds(settings: Settings, asked: float | None) -> float:
+    """For a reply. Raises InvalidInput if more is asked for than there is."""
+    most = settings.generation_timeout_seconds
+    if asked is not None and asked > most:
+        raise InvalidInput(
+            f"timeout_seconds {asked:g} is more than the {most:g} that a reply may take here.",
+            cure="Ask for less, or have GENERATION_TIMEOUT_SECONDS raised.",
+            param="timeout_seconds",
+        )
+    return asked or most
 
 
 @contextmanager
@@ -80,22 +99,73 @@ def any_host(
         service.hosts.release(host)
 
 
-async def reply(service: Service, voice: Voice, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
-    with ready_host(service, voice.key) as host:
-        async with aclosing(host.client.generate(request)) as pieces:
+async def replies(service: Service, voice: Voice, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Piece]:
+    """The pieces of all replies as they come, each with the index of its request. Closing it stops them all.
+
+    What can be refused is refused before the first piece: limits and overload, and by the host.
+    """
+    limits = await run_in_threadpool(service.organisations.limits, voice.org_id)
+    with (
+        service.admission.admit(voice.org_id, limits, len(requests)) as admitted,
+        ready_host(service, voice.key) as host,
+    ):
+        async with aclosing(_merged([_reply(service, host, one, admitted) for one in requests])) as pieces:
             async for piece in pieces:
                 yield piece
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, their source is closed at once, which stops the sequence."""
+async def _reply(
+    service: Service, host: Host, request: GenerateRequest, admitted: Admitted
+) -> AsyncGenerator[TokenChunk]:
+    charged = 0
+    with service.metrics.reply(request.org_id, host.base_model) as reply:
+        async with aclosing(host.client.generate(request)) as pieces:
+            async for piece in pieces:
+                reply.hear(piece)
+                if piece.usage is not None:
+                    tokens = piece.usage.prompt_tokens + piece.usage.completion_tokens
+                    admitted.charge(tokens - charged)
+                    charged = tokens
+                yield piece
 
-    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[Any]) -> None:
+
+async def _merged(replies: Sequence[AsyncGenerator[TokenChunk]]) -> AsyncGenerator[Piece]:
+    if len(replies) == 1:  # and no task is needed for each of its pieces
+        async with aclosing(replies[0]) as only:
+            async for chunk in only:
+                yield 0, chunk
+        return
+    waiting = {asyncio.ensure_future(anext(one)): at for at, one in enumerate(replies)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for one in sorted(done, key=waiting.__getitem__):
+                chunk = one.result()
+                at = waiting.pop(one)
+                if chunk.finish_reason is None:
+                    waiting[asyncio.ensure_future(anext(replies[at]))] = at
+                yield at, chunk
+    finally:
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for source in replies:
+            await source.aclose()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, their source is closed at once, which stops the sequence.
+
+    So it is after `timeout_seconds`: a reader who does not read would hold a place for ever.
+    """
+
+    def __init__(self, events: AsyncGenerator[str], source: AsyncGenerator[Any], timeout_seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         self._source = source
+        self._timeout_seconds = timeout_seconds + DELIVERY_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._source):
+        async with aclosing(self._source), asyncio.timeout(self._timeout_seconds):
             await super().__call__(scope, receive, send)
 
 

@@ -204,6 +204,7 @@ class Generate(Request):
     stop: StopStrings = []
     seed: int | None = Field(None, ge=0, lt=2**63)
     stream: bool = False
+    timeout_seconds: float | None = Field(None, gt=0, le=86_400)  # the service may allow less
     model_id: str = "latest"
 
     @property
