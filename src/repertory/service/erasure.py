@@ -71,10 +71,12 @@ class Erasure:
         self._thread.start()
 
     def stop(self) -> None:
+        """Begin nothing more. What the end of dispatcher and hosts cuts off goes on at the next start."""
         self._stopping.set()
         self._woken.set()
-        if self._thread.is_alive():
-            self._thread.join()
+
+    def join(self) -> None:
+        self._thread.join()
 
     def delete(self, org_id: str) -> None:
         """Returns when nothing of it is left. Raises NotFound, or Unavailable if it takes long; it goes on then."""
@@ -136,14 +138,7 @@ class Erasure:
             for table in reversed(tables.sorted_tables):
                 if table is api_keys:
                     # An empty table would open the service to everybody, so an anonymous husk stays of each key.
-                    husk: dict[str, Any] = {
-                        "org_id": None,
-                        "name": "",
-                        "scopes": [],
-                        "digest": "",
-                        "last_used_at": None,
-                    }
-                    connection.execute(update(table).where(table.c.org_id == org_id).values(**husk))
+                    connection.execute(update(table).where(table.c.org_id == org_id).values(HUSK))
                 elif "org_id" in table.c:
                     connection.execute(delete(table).where(table.c.org_id == org_id))
                 else:

@@ -67,4 +67,5 @@ class Service:
         self.dispatcher.stop()
         self.hosts.stop()
         self.dispatcher.join()
+        self.erasure.join()
         self.store.close()
