@@ -109,10 +109,12 @@ def test_wherever_it_is_bound_pages_of_others_are_refused(clean_settings: Settin
     app = create_app(clean_settings.model_copy(update={"host": "0.0.0.0"}))
     for origin, status in (("https://voices.example", 200), ("https://evil.example", 403), ("null", 403)):
         assert get_as(app, "voices.example", origin=origin).status_code == status
+    app.state.service.hosts.stop()
     app.state.service.store.close()
     named = create_app(clean_settings.model_copy(update={"host": "0.0.0.0", "allowed_hosts": "voices.example"}))
     for origin, status in (("https://voices.example:8443", 200), ("http://localhost:3000", 403)):
         assert get_as(named, "localhost:8300", origin=origin).status_code == status
+    named.state.service.hosts.stop()
     named.state.service.store.close()
 
 
