@@ -1,4 +1,6 @@
-"""`make bench-serve` on its smallest rows: the numbers of a busy machine say nothing, but they must come."""
+"""`make bench-serve` on its smallest rows, `make bench-adapters` on few: the numbers of a busy machine say nothing, but
+they must come.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +36,15 @@ def test_the_serving_benchmark_measures_what_it_is_asked_for_and_keeps_the_rest(
     assert rows["persona"]["second_ms"] > 0
     assert 0 < results["memory"]["repertory_share"] < 1
     assert {"device", "cores", "torch"} <= results["machine"].keys()
+
+
+@pytest.mark.slow
+def test_more_voices_than_slots_are_asked_without_an_error() -> None:
+    command = [sys.executable, "-m", "benchmarks.adapters", "--adapters", "40", "--slots", "4", "--readers", "8"]
+    done = subprocess.run([*command, "--seconds", "5"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["errors"] == 0
+    assert found["replies"] >= found["voices_asked"] > 4
+    assert found["loads"] >= found["voices_asked"]
+    assert found["between_tokens_ms"]["p99"] >= found["between_tokens_ms"]["p50"] > 0
