@@ -87,6 +87,9 @@ def main() -> None:
         load = round(psutil.getloadavg()[0], 2)
         results["rows"][name] = found | {"load_average": load, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         print(name, json.dumps(found), flush=True)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
 
     asked = {name: WORKLOADS[name] for name in args.rows if name in WORKLOADS}
     peers = {peer for peer in args.peers if any(peer in row.aims for row in asked.values())}
@@ -95,12 +98,13 @@ def main() -> None:
             results["systems"] = results.get("systems", {}) | {
                 name: worker.version for name, worker in cast.workers.items()
             }
-            for name, found in compare(cast, asked, args.rounds).items():
+            compared = compare(cast, asked, args.rounds)
+            if "one" in compared:
+                results["memory"] = memory_limit(compared["one"])
+            for name, found in compared.items():
                 keep(name, found)
             if "persona" in args.rows:
                 keep("persona", second_request(cast, args.rounds))
-    if "one" in args.rows:
-        results["memory"] = memory_limit(results["rows"]["one"])
     if "start" in args.rows:
         keep("start", start(args.rounds))
     for name in ("sharing", "adapters"):
@@ -108,9 +112,6 @@ def main() -> None:
             keep(name, alone(name))
     show(results)
     print(json.dumps(results))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,13 @@ class Answer:
 class Worker:
     def __init__(self, system: str, python: Path, arguments: list[str], log: Path) -> None:
         self.system, self.log = system, log
-        # Threads that wait must not spin: nine processes share the cores.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(cores())}
+        cores = psutil.cpu_count(logical=False) or 1  # vLLM takes one where nobody says otherwise, the others all
         self.process = subprocess.Popen(
             [str(python), "-m", "benchmarks.serve_worker", system, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("wb"),
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(cores)},
             text=True,
         )
         self.version: str = self._answer()["version"]
@@ -214,11 +214,6 @@ def starting(peers: set[str], peers_python: Path) -> Iterator[Cast]:
 def has_module(python: Path, module: str) -> bool:
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     return python.exists() and subprocess.run([python, "-c", code], check=False).returncode == 0
-
-
-def cores() -> int:
-    """vLLM takes one thread where nobody says otherwise, and its peers as many as there are."""
-    return psutil.cpu_count(logical=False) or 1
 
 
 def bundled_gguf() -> Path:
