@@ -77,7 +77,7 @@ class ErrorBody(BaseModel):
 # What any route may answer besides its own, for the description of the API.
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
-    for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503)
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
 }
 
 
