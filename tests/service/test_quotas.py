@@ -149,7 +149,7 @@ def test_exports_and_conversations_fill_their_room(
     submit: Submit, limit: Limit, quotas: Quotas, tmp_path: Path
 ) -> None:
     first = submit()
-    stored = (tmp_path / f"datasets/org/{first}/conversations.jsonl").stat().st_size
+    stored = sum(path.stat().st_size for path in (tmp_path / "datasets/org" / first).iterdir())
     limit(dataset_gb=stored * 2 / GIB)
     submit()
     with pytest.raises(TooManyRequests) as refused:
