@@ -106,6 +106,8 @@ def test_limits_are_everybodys_unless_set(app: FastAPI, call: Call) -> None:
     assert (changed["limits"]["queued_jobs"], changed["limits"]["running_jobs"]) == (5, None)
     assert call("POST", "/admin/orgs", org_id="org").json()["error"]["code"] == "organisation_exists"
     assert call("PUT", "/admin/orgs/nobody/limits", queued_jobs=1).status_code == 404
+    whole = call("PUT", "/admin/orgs/org/limits", queued_jobs=3.0).json()
+    assert str(whole["own_limits"]["queued_jobs"]) == "3"
     for wrong in ({"queued_jobs": -1}, {"queued_jobs": "1"}, {"queued_jobs": 1.5}, {"jobs": 1}):
         assert call("PUT", "/admin/orgs/org/limits", **wrong).status_code == 422
 

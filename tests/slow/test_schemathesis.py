@@ -14,7 +14,7 @@ from running_service import RunningService
 pytestmark = pytest.mark.slow
 
 # Rules that a JSON schema cannot say: text that is not blank, a conversation in which the assistant speaks, one of two
-# fields, an organisation that has a model. A refusal of theirs is no refusal of valid data; everywhere else it is.
+# fields, an organisation that has a model, a scope that wants an organisation. A refusal of theirs is no refusal of valid data; everywhere else it is.
 WITH_RULES_OF_THEIR_OWN = (
     "POST /api/v1/training/start",
     "POST /api/v1/training/estimate",
@@ -27,6 +27,7 @@ WITH_RULES_OF_THEIR_OWN = (
     "POST /api/v1/models/unload",
     "POST /v1/chat/completions",
     "POST /v1/completions",
+    "POST /api/v1/admin/keys",
 )
 OF_ONE_KEY = r"/admin/keys/\{key_id\}"  # a call that revokes the key it is made with would end the others
 

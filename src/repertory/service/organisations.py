@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from sqlalchemy import Connection, Row, insert, select, update
 
 from repertory.errors import Conflict
@@ -15,17 +15,24 @@ from repertory.service.store import Store, ensure_organisation, now, organisatio
 from repertory.settings import Settings
 
 
+def _whole(number: object) -> object:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole)]  # 60.0 is one too: JSON does not tell them apart
+
+
 class Limits(BaseModel):
     """None: no limit. Of an organisation's own limits, one that is not set is everybody's (`ORG_…` of the settings)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    requests_per_minute: int | None = Field(None, ge=1, lt=2**31)  # replies that are asked for
-    tokens_per_minute: int | None = Field(None, ge=1, lt=2**31)  # of prompts and replies
-    concurrent_generations: int | None = Field(None, ge=1, lt=2**31)
-    queued_jobs: int | None = Field(None, ge=0, lt=2**31)
-    running_jobs: int | None = Field(None, ge=0, lt=2**31)
-    training_tokens_per_day: int | None = Field(None, ge=0, lt=2**63)  # of all epochs, over any 24 hours
+    requests_per_minute: WholeNumber | None = Field(None, ge=1, lt=2**31)  # replies that are asked for
+    tokens_per_minute: WholeNumber | None = Field(None, ge=1, lt=2**31)  # of prompts and replies
+    concurrent_generations: WholeNumber | None = Field(None, ge=1, lt=2**31)
+    queued_jobs: WholeNumber | None = Field(None, ge=0, lt=2**31)
+    running_jobs: WholeNumber | None = Field(None, ge=0, lt=2**31)
+    training_tokens_per_day: WholeNumber | None = Field(None, ge=0, lt=2**63)  # of all epochs, over any 24 hours
     dataset_gb: float | None = Field(None, ge=0, lt=2**31)  # GiB of exports and conversations
     model_gb: float | None = Field(None, ge=0, lt=2**31)  # GiB of voices
 

@@ -16,7 +16,7 @@ from repertory.errors import Forbidden
 from repertory.service.api.body import body_of, optional_body_of
 from repertory.service.api.deps import MayAdminister, MayAdministerOrganisation, OrgIdPath, OrgIdQuery, ServiceDep
 from repertory.service.keys import GRACE, Key, Scope
-from repertory.service.organisations import Limits, Organisation
+from repertory.service.organisations import Limits, Organisation, WholeNumber
 from repertory.service.service import Service
 
 log = structlog.get_logger()
@@ -34,11 +34,13 @@ class NewKey(Request):
     name: CleanText = Field(min_length=1, max_length=200)  # for people
     org_id: OrgId | None = None  # None: the caller's, or of an operator's key every one
     scopes: list[Scope] = Field(min_length=1, max_length=len(Scope))
-    expires_in_seconds: int | None = Field(None, ge=1, le=LONGEST_SECONDS)
+    expires_in_seconds: WholeNumber | None = Field(None, ge=1, le=LONGEST_SECONDS)
 
 
 class RotateKey(Request):
-    grace_seconds: int = Field(int(GRACE.total_seconds()), ge=0, le=LONGEST_SECONDS)  # in which the old key still works
+    grace_seconds: WholeNumber = Field(
+        int(GRACE.total_seconds()), ge=0, le=LONGEST_SECONDS
+    )  # in which the old key still works
 
 
 class NewOrganisation(Request):
