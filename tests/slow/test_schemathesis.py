@@ -14,7 +14,8 @@ from running_service import RunningService
 pytestmark = pytest.mark.slow
 
 # Rules that a JSON schema cannot say: text that is not blank, a conversation in which the assistant speaks, one of two
-# fields, an organisation that has a model, a scope that wants an organisation. A refusal of theirs is no refusal of valid data; everywhere else it is.
+# fields, an organisation that has a model, a scope that wants an organisation. A refusal of theirs is no refusal of
+# valid data; everywhere else it is.
 WITH_RULES_OF_THEIR_OWN = (
     "POST /api/v1/training/start",
     "POST /api/v1/training/estimate",
