@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -77,6 +79,15 @@ class Postgresql:
         """At once, as when its machine fails: what it was doing is not finished, who is connected is cut off."""
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(30)
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Stopped meanwhile, and there again for the next test whatever happens."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     def remove(self) -> None:
         self.stop()

@@ -310,9 +310,8 @@ def test_whatever_happens_nothing_is_lost_and_nothing_is_left(
             other.execute("ROLLBACK")
 
     def restart(seconds: float) -> None:
-        server.stop()
-        time.sleep(seconds)
-        server.start()
+        with server.down():
+            time.sleep(seconds)
 
     with file_system(tmp_path / "disk", "size=64m") as disk:
         if kind == "sqlite":

@@ -94,7 +94,7 @@ def test_a_job_is_cancelled_through_the_service_that_does_not_run_it(pair: Pair)
     assert answer.status_code == 200, answer.text
     assert time.monotonic() - began < 5
     assert runner.status(training_id)["status"] == "cancelled"
-    assert not list(pair.folder.glob("checkpoints/*/*"))
+    eventually(lambda: not list(pair.folder.glob("checkpoints/*/*")))
 
 
 def test_an_export_is_prepared_by_one_of_them_and_by_the_other_when_that_is_gone(pair: Pair) -> None:
