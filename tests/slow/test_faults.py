@@ -223,6 +223,7 @@ def test_a_real_run_is_interrupted_with_a_checkpoint_and_goes_on_from_there(
     assert (left.status, left.attempts) == ("queued", 0)
     assert left.metadata["checkpoint_step"] == left.metadata["step"] >= 3
     service.start()
+    service.until_ready()
     resumed = eventually(lambda: service.status(training_id)["metadata"].get("resumed_from_step"))
     assert resumed == left.metadata["checkpoint_step"]
     service.client.delete(f"/training/jobs/{training_id}")
@@ -361,12 +362,12 @@ def test_a_full_disk_is_a_503_and_leaves_no_half_file(start_service: Start, tmp_
             return service.client.post("/training/start", json=body)
 
         with filled(disk):
-            before = {path for path in disk.rglob("*") if "repertory.db" not in path.name}
+            before = {path for path in disk.rglob("*") if path.is_file()}
             answer = send()
             expected = (503, "storage_unavailable") if what == "database" else (507, "storage_full")
             assert (answer.status_code, answer.json()["error"]["code"]) == expected, answer.text
             assert answer.json()["error"]["cure"]
-            assert {path for path in disk.rglob("*") if "repertory.db" not in path.name} <= before
+            assert {path for path in disk.rglob("*") if path.is_file()} <= before
             assert service.client.get("/health").status_code == 200
             assert service.status(kept)["status"] == "completed"
         assert eventually(lambda: send().is_success)
