@@ -19,7 +19,9 @@ def _whole(number: object) -> object:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
-WholeNumber = Annotated[int, BeforeValidator(_whole)]  # 60.0 is one too: JSON does not tell them apart
+WholeNumber = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole)]  # 60.0 is one too, as JSON has it
+Tokens = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1, lt=2**31), BeforeValidator(_whole)]
 
 
 class Limits(BaseModel):
@@ -27,12 +29,14 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    requests_per_minute: WholeNumber | None = Field(None, ge=1, lt=2**31)  # replies that are asked for
-    tokens_per_minute: WholeNumber | None = Field(None, ge=1, lt=2**31)  # of prompts and replies
-    concurrent_generations: WholeNumber | None = Field(None, ge=1, lt=2**31)
-    queued_jobs: WholeNumber | None = Field(None, ge=0, lt=2**31)
-    running_jobs: WholeNumber | None = Field(None, ge=0, lt=2**31)
-    training_tokens_per_day: WholeNumber | None = Field(None, ge=0, lt=2**63)  # of all epochs, over any 24 hours
+    requests_per_minute: Positive | None = None  # replies that are asked for
+    tokens_per_minute: Positive | None = None  # of prompts and replies
+    concurrent_generations: Positive | None = None
+    queued_jobs: WholeNumber | None = None
+    running_jobs: WholeNumber | None = None
+    training_tokens_per_day: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)] | None = (
+        None  # of all epochs, over any 24 hours
+    )
     dataset_gb: float | None = Field(None, ge=0, lt=2**31)  # GiB of exports and conversations
     model_gb: float | None = Field(None, ge=0, lt=2**31)  # GiB of voices
 
