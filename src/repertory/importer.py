@@ -32,6 +32,7 @@ from repertory.errors import ErrorInfo, RepertoryError, Unavailable
 from repertory.settings import Settings
 
 MAX_BODY_BYTES = 64 << 20  # as the service has it
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 SHOWN_AUTHORS = 20
 SHOWN_FINDINGS = 20
 DEFAULT_MAX_SEQ_LENGTH = 2048
@@ -54,7 +55,7 @@ def authors(path: Path, format: str, options: ReadOptions, console: Console) -> 
     for author in ranked[:SHOWN_AUTHORS]:
         length = f"{author.characters / author.messages:.0f} each"
         cells = (author.name, author.id, f"{author.messages:,}", length, _day(author.first), _day(author.last))
-        table.add_row(*(escape(cell) for cell in cells), "bot" if author.is_bot else "")
+        table.add_row(*(_shown(cell) for cell in cells), "bot" if author.is_bot else "")
     console.print(f"{report.format}: {report.messages:,} messages, {len(report.channels):,} channels", highlight=False)
     console.print(table)
     if len(ranked) > SHOWN_AUTHORS:
@@ -114,7 +115,7 @@ def measured(prepared: Prepared, renderer: Renderer, settings: Settings) -> Toke
 
 def show(report: PreparationReport, console: Console) -> None:
     """The report as tables."""
-    console.print(f"{escape(report.persona)}'s voice from {report.format}", highlight=False)
+    console.print(f"{_shown(report.persona)}'s voice from {report.format}", highlight=False)
     stages = Table("stage", "of", "before", "after", "left out", box=None)
     for stage in report.stages:
         why = ", ".join(f"{reason} {count:,}" for reason, count in stage.dropped.items() if count)
@@ -138,14 +139,14 @@ def show(report: PreparationReport, console: Console) -> None:
         "phrases": ", ".join(phrase for phrase, _ in style.top_phrases),
     }
     for name, value in rows.items():
-        card.add_row(name, escape(value))
+        card.add_row(name, _shown(value))
     console.print(card)
     _show_findings(report.findings, console)
 
 
 def show_tokens(tokens: TokenReport, base_model: str, console: Console) -> None:
     console.print(
-        f"Tokens of a row ({escape(base_model)}): half up to {tokens.p50:,}, 90% {tokens.p90:,}, 99% {tokens.p99:,}, "
+        f"Tokens of a row ({_shown(base_model)}): half up to {tokens.p50:,}, 90% {tokens.p90:,}, 99% {tokens.p99:,}, "
         f"longest {tokens.longest:,}; {tokens.trained_share:.0%} are learned; {tokens.shortened:,} of "
         f"{tokens.measured:,} lose their oldest messages to fit {tokens.max_tokens:,}, {tokens.left_out:,} do not fit.",
         highlight=False,
@@ -167,8 +168,18 @@ def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, c
         for part, is_learned in said:
             # Without colours, as in a pipe, marks say the same.
             marked = f"⟦{part}⟧" if is_learned and console.color_system is None else part
-            text.append(marked, style="bold green" if is_learned else "dim")
+            text.append(_without_controls(marked), style="bold green" if is_learned else "dim")
         console.print(text, soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """As rich takes it, without markup of whoever chose the text."""
+    return escape(_without_controls(text))
+
+
+def _without_controls(text: str) -> str:
+    """Names and words come from outside: an escape sequence in one could repaint the terminal, or worse."""
+    return CONTROLS.sub("\ufffd", text)
 
 
 @contextmanager
@@ -231,7 +242,7 @@ def _show_findings(findings: Findings, console: Console) -> None:
     for finding in findings.kept[:SHOWN_FINDINGS]:
         where = f"{finding.path}:{finding.line}" if finding.line else finding.path
         console.print(
-            f"{finding.severity} {finding.code} {escape(where)} {escape(finding.what)} Cure: {escape(finding.cure)}",
+            f"{finding.severity} {finding.code} {_shown(where)} {_shown(finding.what)} Cure: {_shown(finding.cure)}",
             highlight=False,
             soft_wrap=True,
         )

@@ -71,6 +71,8 @@ class Conversation(BaseModel):
     def someone_answers(cls, messages: list[Message]) -> list[Message]:
         if not any(message.is_trained for message in messages):
             raise ValueError("has no assistant turn to learn from")
+        if any(message.role == "system" for message in messages[1:]):
+            raise ValueError("has a system message behind the first place, where chat templates have no place for one")
         for one, following in pairwise(messages):
             if one.role == following.role and one.weight != following.weight:
                 raise ValueError("has an assistant's turn of several messages with different weights; give them one")

@@ -21,11 +21,15 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from repertory.data.conversations import Message
+from repertory.data.timelimit import time_limit
 from repertory.errors import BaseModelUnavailable, InvalidInput
 
 # For templates that write today's date: what is served must be what was trained on, and what is resumed what was begun.
 FIXED_DATE = "26 Jul 2024"  # Llama 3's own default
 FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
+
+RENDER_SECONDS = 10.0  # a thousand messages take a tenth of one
+MAX_FRAME_CHARACTERS = 100_000  # that a template writes around a message; the longest known writes some 2,000
 
 NO_LABEL = -100  # a position without loss, as everywhere in this field
 
@@ -97,6 +101,14 @@ def _with_control_tokens(tokenizer: Any, template: str) -> Any:
         control.special = True
         encoder.add_tokens([control], special_tokens=True)
     return encoder
+
+
+def _unusable(why: str) -> BaseModelUnavailable:
+    return BaseModelUnavailable(
+        f"the chat template {why}",
+        code="template_unusable",
+        cure="Choose another base model, or correct its chat template.",
+    )
 
 
 class Renderer:
@@ -231,11 +243,7 @@ class Renderer:
                 self._opening = self._find_opening()
             differing = self._differing(chat)
         except TemplateError as error:
-            raise BaseModelUnavailable(
-                f"the chat template refuses a plain conversation: {error}",
-                code="template_unusable",
-                cure="Choose another base model, or correct its chat template.",
-            ) from error
+            raise _unusable(f"refuses a plain conversation: {error}") from error
         if differing:
             header, prompt = differing
             raise BaseModelUnavailable(
@@ -323,15 +331,22 @@ class Renderer:
         return [piece for piece in pieces if piece.text]
 
     def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        """transformers renders in a sandbox that a template cannot leave."""
-        return self.tokenizer.apply_chat_template(  # type: ignore[no-any-return]
-            messages,
-            chat_template=FIXED_CLOCK + self.template if "strftime_now" in self.template else self.template,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            enable_thinking=False,  # of reasoning models; others ignore it
-            date_string=FIXED_DATE,
-        )
+        """transformers renders in a sandbox that a template cannot leave; but it could take its time in there."""
+        try:
+            with time_limit(RENDER_SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=FIXED_CLOCK + self.template if "strftime_now" in self.template else self.template,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    enable_thinking=False,  # of reasoning models; others ignore it
+                    date_string=FIXED_DATE,
+                )
+        except TimeoutError as error:
+            raise _unusable(f"does not end within {RENDER_SECONDS:g} seconds") from error
+        if len(text) > MAX_FRAME_CHARACTERS * (1 + len(messages)):
+            raise _unusable(f"writes {len(text):,} characters around {len(messages)} messages")
+        return text
 
     def _fitted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in a form that the template takes, with the same words in the same order."""

@@ -84,7 +84,9 @@ def resolve(asked: Hyperparameters, base: Outline, rows: int, prefix: int, held_
             cure="Use a rank between 8 and 64.",
             param="hyperparameters.lora_r",
         )
-    chosen = choose_layers(base.layers, asked.lora_target_modules or "all-linear")
+    chosen = choose_layers(
+        base.layers, "all-linear" if asked.lora_target_modules is None else asked.lora_target_modules
+    )
     batch = _effective_batch(asked, rows)
     steps_per_epoch = math.ceil(rows / batch)
     epochs = asked.num_train_epochs or _epochs(steps_per_epoch)

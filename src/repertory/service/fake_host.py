@@ -9,6 +9,7 @@ What it plays depends on the base model's name:
     …too-large      needs more than there is          …fail          every run fails at step 3
     …dies           dies while loading                …damaged       the adapter's files are not whole
     …slow           takes a second to load            …unsupported   is refused when its hub is asked
+    …not-found      is not there when its hub is asked
 
 and on FAKE_HOST_STEPS (of a run, default 10) and FAKE_HOST_STEP_SECONDS (default 0.02). A message with the word
 "long" is answered with max_tokens words, at 50 a second; one with "die" kills the host; of one with "again"
@@ -231,6 +232,8 @@ class FakeHost:
         """Of a hub that knows every name and is out of reach for some."""
         if key.base_model.endswith("unavailable"):
             raise BaseModelUnavailable(f"{key.base_model} is not in the cache, and no hub is.")
+        if key.base_model.endswith("not-found"):
+            raise BaseModelUnavailable(f"the hub has no model {key.base_model}", code="base_model_not_found")
         if key.base_model.endswith("unsupported"):
             raise BaseModelUnavailable(
                 f"the architecture of {key.base_model} is not supported",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from running_service import RunningService
@@ -15,13 +13,7 @@ START = (
 JSON = {"Content-Type": "application/json"}
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """With the real hosts and the default base model, which is unpacked into an empty cache first."""
-    folder = tmp_path_factory.mktemp("bundled")
-    running = RunningService(folder, HOST_MODULE="repertory.model.host", HF_HUB_OFFLINE="1")
-    yield running.until_ready()
-    assert running.stop() == 0
+pytestmark = pytest.mark.slow
 
 
 def test_the_quick_start_ends_in_the_voice_that_was_sent(service: RunningService) -> None:

@@ -1,4 +1,7 @@
-"""Jobs on base models of a hub, with real service and hosts: each ends in a voice, or in an error with its cure."""
+"""Jobs on base models of a hub, with real service and hosts: each ends in a voice, or in an error with its cure.
+
+tests/model/test_hub.py has the same errors without service, host and job.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ import pytest
 
 import tiny
 from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
-from repertory import architectures, base_models
+from repertory import base_models
 from repertory.errors import Conflict
 from repertory.settings import Settings
 from repertory_fixtures import conversation
 from running_service import RunningService, eventually
+
+pytestmark = pytest.mark.slow
 
 CANARY = "hf_canaryThatMustNotBeSeenAnywhere"
 QUICK = {"learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
@@ -62,7 +67,7 @@ def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFacto
 def sound_again(hub: FakeHub) -> Iterator[None]:
     """Each test finds a hub that behaves."""
     yield
-    hub.cut_after, hub.cuts, hub.stall_after, hub.bytes_per_second, hub.is_silent = None, 10**9, None, None, False
+    hub.cut_after, hub.cuts, hub.stall_after, hub.bytes_per_second = None, 10**9, None, None
 
 
 def failure(service: RunningService, base_model: str) -> dict[str, Any]:
@@ -122,54 +127,6 @@ def test_a_model_registered_while_the_service_runs_becomes_a_voice_and_is_then_n
         base_models.remove("local/parrot", settings, print)
 
 
-def refusal(service: RunningService, base_model: str) -> dict[str, Any]:
-    answer = service.client.post("/training/start", json={"org_id": "refused", "base_model": base_model, **JOB})
-    assert answer.status_code == 422, answer.text
-    assert service.client.get("/training/jobs/refused").json() == {"jobs": []}
-    error: dict[str, Any] = answer.json()["error"]
-    assert error["param"] == "base_model"
-    return error
-
-
-def mamba(original: Path, folder: Path) -> Path:
-    """A repository of an architecture that is not supported."""
-    shutil.copytree(original, folder)
-    (folder / "config.json").write_text('{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}')
-    return folder
-
-
-def test_an_unsupported_architecture_is_refused_at_submit_with_the_list(
-    service: RunningService, hub: FakeHub, original: Path, tmp_path: Path
-) -> None:
-    hub.add("acme/mamba", mamba(original, tmp_path / "mamba"))
-    error = refusal(service, "acme/mamba")
-    assert error["code"] == "unsupported_architecture"
-    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
-    assert not (service.folder / "cache/hub/acme/mamba").exists()
-
-
-def test_a_model_or_revision_that_the_hub_has_not_is_refused_at_submit(
-    service: RunningService, hub: FakeHub, original: Path
-) -> None:
-    hub.add("acme/known", original)
-    assert refusal(service, "acme/nowhere")["code"] == "base_model_not_found"
-    assert refusal(service, "acme/known@v9")["code"] == "revision_not_found"
-
-
-def test_a_hub_that_is_silent_at_submit_refuses_when_the_job_is_prepared(
-    service: RunningService, hub: FakeHub, original: Path, tmp_path: Path
-) -> None:
-    hub.add("acme/mute", mamba(original, tmp_path / "mamba"))
-    hub.is_silent = True
-    began = time.monotonic()
-    training_id = service.train("silent", base_model="acme/mute", **JOB)
-    assert time.monotonic() - began < 10
-    hub.is_silent = False
-    error = service.until(training_id, "failed", "completed")["error"]
-    assert error["code"] == "unsupported_architecture"
-    assert all(name in error["cure"] for name in architectures.SUPPORTED.values())
-
-
 def test_a_download_that_is_cut_once_goes_on(service: RunningService, hub: FakeHub, tmp_path: Path) -> None:
     hub.add("acme/cut-once", tiny.make_model(tmp_path / "model", "llama-gqa"))
     hub.cut_after, hub.cuts = 100_000, 1
@@ -188,7 +145,6 @@ def test_a_gated_model_with_a_token_without_access_fails_with_the_cure(
     assert "Accept its licence" in error["cure"]
 
 
-@pytest.mark.slow  # test_hub.py has the same error without a job, and quick retries
 def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub: FakeHub, original: Path) -> None:
     hub.add("acme/stalls", original)
     hub.stall_after = 100
@@ -197,7 +153,6 @@ def test_a_hub_that_stalls_fails_the_job_in_the_end(service: RunningService, hub
     assert "HF_HUB_DOWNLOAD_TIMEOUT" in error["cure"]
 
 
-@pytest.mark.slow
 def test_a_hub_that_cuts_for_ever_fails_the_job_in_the_end(
     service: RunningService, hub: FakeHub, original: Path
 ) -> None:
