@@ -142,6 +142,32 @@ def test_each_token_gets_its_own_voice_in_a_mixed_batch(base: Base) -> None:
                 assert torch.allclose(corrected[:, at], alone, atol=1e-4)
 
 
+def test_voices_that_come_and_go_leave_the_others_in_their_seats(base: Base) -> None:
+    """Each step's rows are corrected as each alone would be, whoever sat there before; ranks and layers differ."""
+    voices = [trained(base, rank=rank, seed=rank) for rank in (2, 4, 3)]
+    voices.append(trained(base, "v_proj,up_proj", rank=6, seed=9))
+    stacks = AdapterStacks()
+    steps: list[list[int | None]] = [[0], [0, 1], [1, 0, 2], [2, None], [2, 3, 3], [3], [None], [1, 3, 0, 2], [2, 0, 1]]
+    layers = [layer for name, layer in base.layers.items() if ".0." in name]
+    for step in steps:
+        owners = [None if at is None else voices[at] for at in step]
+        serving = Serving(owners, [], stacks)
+        assert {id(one) for one in owners if one} <= {id(one) for one in stacks.voices}
+        assert len(stacks.voices) < 2 * max(1, len({id(one) for one in owners if one}))
+        for layer in layers:
+            x = torch.randn(1, len(step), layer.shape[0])
+            with torch.inference_mode(), base.router.through(serving):
+                corrected = layer(x)
+            for at, owner in enumerate(owners):
+                alone = layer.base(x[:, at]) + (owner_correction(owner, layer, x[:, at]) if owner else 0)
+                assert torch.allclose(corrected[:, at], alone, atol=1e-4)
+    before = list(stacks.voices)
+    Serving([voices[1], voices[0], voices[2]], [], stacks)  # one of four has left
+    assert stacks.voices == before  # nobody has moved, so nothing is written again
+    stacks.forget(voices[2])
+    assert not stacks.voices
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_weights_that_are_not_finite_are_not_served(base: Base, value: float) -> None:
     voice = trained(base)

@@ -277,6 +277,10 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters)
 
     @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    @property
     def size_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters)
 
@@ -529,78 +533,112 @@ class Serving:
         """`chunks`: of each, whose it is and how many tokens it has."""
         self.row_count = len(rows)
         self.chunks = chunks
-        self.voices = list({id(adapter): adapter for adapter in rows if adapter is not None}.values())
         self.stacks = stacks
-        self._others: Tensor | None = None  # (rows, voices, 1), whose voice a row is not; None: one voice for all
-        if self.voices and any(adapter is not self.voices[0] for adapter in rows):
-            others = [[adapter is not voice for voice in self.voices] for adapter in rows]
-            self._others = torch.tensor(others, device=next(iter(self.voices[0].A.values())).device)[:, :, None]
+        stacks.seat([adapter for adapter in rows if adapter is not None])
+        self._others: Tensor | None = None  # (rows, seats, 1), whose voice a row is not; None: all have the same
+        if any(adapter is not voice for adapter in rows for voice in stacks.voices):
+            others = [[adapter is not voice for voice in stacks.voices] for adapter in rows]
+            self._others = torch.tensor(others, device=stacks.voices[0].device)[:, :, None]
 
     def through(self, siblings: Siblings, x: Tensor) -> Tensor:
         y = siblings.base(x)
         tokens, corrected = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         rows = self.row_count
-        stack = self.stacks.of(self.voices, siblings)
+        stack = self.stacks.of(siblings)
         if stack is not None:
             A, B = stack
             low_rank = F.linear(tokens[:rows], A)
             if self._others is not None:
                 # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
-                low_rank.view(rows, len(self.voices), -1).masked_fill_(self._others, 0)
+                low_rank.view(rows, self._others.shape[1], -1).masked_fill_(self._others, 0)
             corrected[:rows].addmm_(low_rank, B)
         begin = rows
         for voice, count in self.chunks:
-            if voice is not None and (stack := _stacked([voice], siblings)) is not None:
-                A, B = stack
+            if voice is not None:
+                A, B = _Stack.alone(voice, siblings)
                 corrected[begin : begin + count].addmm_(F.linear(tokens[begin : begin + count], A), B)
             begin += count
         return y
 
 
 class AdapterStacks:
-    """The weights of the voices that decode together, side by side: kept while they are the same voices."""
+    """The weights of the voices that decode, side by side. Each keeps its seat while others come and go, so that one
+    that comes costs the writing of its own weights.
+    """
 
     def __init__(self) -> None:
-        self._voices: list[Adapter] = []
-        self._stacks: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self.voices: list[Adapter] = []  # by seat; some of them may decode no more
+        self._stacks: dict[str, _Stack] = {}
 
-    def of(self, voices: list[Adapter], siblings: Siblings) -> tuple[Tensor, Tensor] | None:
-        if [id(voice) for voice in voices] != [id(voice) for voice in self._voices]:
-            self._voices, self._stacks = list(voices), {}
-        name = siblings.layers[0].name
-        if name not in self._stacks:
-            self._stacks[name] = _stacked(self._voices, siblings)
-        return self._stacks[name]
+    def seat(self, voices: Sequence[Adapter]) -> None:
+        """Seat all of these. The others leave their seats to them, and altogether when they are the most."""
+        wanted = {id(voice): voice for voice in voices}
+        if len(self.voices) >= 2 * len(wanted):
+            self.voices = list(wanted.values())
+        seated = {id(voice) for voice in self.voices}
+        free = [seat for seat, voice in enumerate(self.voices) if id(voice) not in wanted]
+        for voice in wanted.values():
+            if id(voice) not in seated:
+                if free:
+                    self.voices[free.pop()] = voice
+                else:
+                    self.voices.append(voice)
+
+    def of(self, siblings: Siblings) -> tuple[Tensor, Tensor] | None:
+        """Scaled A (seats * ranks, in_features) and B (seats * ranks, all out_features); None where none corrects them.
+
+        The ranks of a seat are those of each sibling in turn, r each, r the largest rank among the voices.
+        """
+        if not self.voices:
+            return None
+        name, rank = siblings.layers[0].name, max(voice.config.rank for voice in self.voices)
+        stack = self._stacks.get(name)
+        if stack is None or len(stack.held) < len(self.voices) or stack.rank < rank:
+            seats = 1 << (len(self.voices) - 1).bit_length()
+            stack = self._stacks[name] = _Stack(siblings, seats, rank, self.voices[0])
+        return stack.of(self.voices)
 
     def forget(self, adapter: Adapter) -> None:
         """It decodes no more."""
-        if adapter in self._voices:
+        if adapter in self.voices:
             self.clear()
 
     def clear(self) -> None:
-        self._voices, self._stacks = [], {}
+        self.voices, self._stacks = [], {}
 
 
-def _stacked(voices: Sequence[Adapter], siblings: Siblings) -> tuple[Tensor, Tensor] | None:
-    """Scaled A (voices * ranks, in_features) and B (voices * ranks, all out_features); None where none corrects them.
+class _Stack:
+    """Seats for the weights that correct one group of siblings."""
 
-    The ranks of a voice are those of each corrected sibling in turn, r each, r the largest rank among the voices.
-    """
-    places = [
-        (layer.name, columns)
-        for layer, columns in zip(siblings.layers, siblings.slices, strict=True)
-        if any(layer.name in voice.A for voice in voices)
-    ]
-    if not places:
-        return None
-    rank = max(voice.config.rank for voice in voices)
-    like = next(voice.A[places[0][0]] for voice in voices if places[0][0] in voice.A)
-    A = like.new_zeros(len(voices), len(places), rank, like.shape[1])
-    B = like.new_zeros(len(voices), len(places), rank, sum(siblings.widths))
-    for voice, voice_A, voice_B in zip(voices, A, B, strict=True):
-        own = voice.config.rank
-        for (name, columns), layer_A, layer_B in zip(places, voice_A, voice_B, strict=True):
-            if name in voice.A:
-                layer_A[:own] = voice.A[name] * voice.config.scaling
-                layer_B[:own, columns] = voice.B[name].t()
-    return A.flatten(0, 2), B.flatten(0, 2)
+    def __init__(self, siblings: Siblings, seats: int, rank: int, like: Adapter) -> None:
+        self.siblings = siblings
+        self.rank = rank
+        self.held: list[Adapter | None] = [None] * seats
+        self._corrects = [False] * seats
+        some = like.parameters[0]
+        self._A = some.new_zeros(seats, len(siblings.layers), rank, siblings.layers[0].shape[0])
+        self._B = some.new_zeros(seats, len(siblings.layers), rank, sum(siblings.widths))
+
+    @staticmethod
+    def alone(voice: Adapter, siblings: Siblings) -> tuple[Tensor, Tensor]:
+        stack = _Stack(siblings, 1, voice.config.rank, voice)
+        stack._put(0, voice)
+        return stack._A.flatten(0, 2), stack._B.flatten(0, 2)
+
+    def of(self, voices: Sequence[Adapter]) -> tuple[Tensor, Tensor] | None:
+        for seat, voice in enumerate(voices):
+            if self.held[seat] is not voice:
+                self._put(seat, voice)
+        count = len(voices)
+        if not any(self._corrects[:count]):
+            return None
+        return self._A[:count].flatten(0, 2), self._B[:count].flatten(0, 2)
+
+    def _put(self, seat: int, voice: Adapter) -> None:
+        A, B, rank = self._A[seat].zero_(), self._B[seat].zero_(), voice.config.rank
+        for layer, columns, layer_A, layer_B in zip(self.siblings.layers, self.siblings.slices, A, B, strict=True):
+            if layer.name in voice.A:
+                layer_A[:rank] = voice.A[layer.name] * voice.config.scaling
+                layer_B[:rank, columns] = voice.B[layer.name].t()
+        self.held[seat] = voice
+        self._corrects[seat] = any(layer.name in voice.A for layer in self.siblings.layers)
