@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from repertory import architectures
-from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, RunSpec
+from repertory.contracts import AdapterRef, BaseKey, RunSpec
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import BaseModelUnavailable
@@ -25,9 +25,11 @@ from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.lora import Adapter, Training
 from repertory.model.microbatch import MicroBatch
+from repertory.model.prefixes import BLOCK_TOKENS
+from repertory.model.scheduler import Sequence
 from repertory.model.voices import read_voice
 from repertory.settings import Settings
-from repertory_fixtures import LoadBase, MakeSpec, rows_of, run_to_end, steps_of
+from repertory_fixtures import LoadBase, MakeSpec, greedy, rows_of, run_to_end, steps_of
 
 QUESTIONS = ["Hello!", "Tell me a joke about the weather and about music " * 2, "ok", "coffee or tea?" * 5, "home", "?"]
 ANSWERS = {"pirate": "Arr, matey! The rum is gone.", "poet": "soft falls the evening, tea and music, friends at home"}
@@ -75,30 +77,31 @@ def test_two_voices_trained_and_reloaded_speak_beside_the_base_as_in_peft(
     specs = [trained(base, make_spec, "pirate"), trained(base, make_spec, "poet", lora_r=6)]
     # Another copy of the base, as after a restart.
     base = load_base(family)
-    voices = [
-        read_voice(AdapterRef(org_id="org", training_id=spec.training_id, path=spec.output_dir), base).adapter
-        for spec in specs
-    ]
+    refs = [AdapterRef(org_id="org", training_id=spec.training_id, path=spec.output_dir) for spec in specs]
+    speakers = [(None, None), *((ref, read_voice(ref, base).adapter) for ref in refs)]
     engine = Engine(base)
-    engine.scheduler.step_tokens = 16  # long prompts come in several chunks while others decode
-    speakers = [None, *voices]
-    sequences = []
-    for at, question in enumerate(QUESTIONS):
-        request = GenerateRequest(
-            request_id=str(at),
-            org_id=f"org{at}",
-            adapter=None,
-            messages=[Message(role="user", content=question)],
-            temperature=0,
-            top_p=1,
-            top_k=0,
-            max_tokens=10 + at,
-        )
-        sequences.append(engine.sequence(request, speakers[at % 3], "You are a helpful pirate.", lambda chunk: None))
-        sequences[-1].stop_ids = set()
-        engine.submit(sequences[-1])
-    while engine.has_work:
-        engine.step()
+    engine.scheduler.step_tokens = 24  # long prompts come in several chunks, beside others' and while others decode
+
+    def ask(at: int) -> Sequence:
+        ref, adapter = speakers[at % 3]
+        request = greedy(QUESTIONS[at], max_tokens=10 + at, org_id="org", adapter=ref)
+        sequence = engine.sequence(request, adapter, "You are a helpful pirate.", lambda chunk: None)
+        sequence.stop_ids = set()
+        engine.submit(sequence)
+        return sequence
+
+    def drain() -> None:
+        while engine.has_work:
+            engine.step()
+
+    sequences = [ask(at) for at in range(len(QUESTIONS))]
+    drain()
+    assert sequences[4].reused_tokens or sequences[1].reused_tokens  # of the same voice, with the same beginning
+    again = [ask(at) for at in (1, 2, 3)]
+    drain()
+    for one in again:
+        assert one.reused_tokens > len(one.prompt_ids) - 2 * BLOCK_TOKENS
+    assert [one.output_ids for one in again] == [one.output_ids for one in sequences[1:4]]
     replies = []
     for speaker, adapter in enumerate([None, *(spec.output_dir for spec in specs)]):
         theirs = in_peft(cache, family, adapter)
@@ -114,7 +117,7 @@ def test_two_voices_trained_and_reloaded_speak_beside_the_base_as_in_peft(
             assert sequences[at].output_ids == whole[0, prompt.shape[1] :].tolist()
             with torch.inference_mode():
                 expected = theirs(whole).logits[0]
-            assert relative_error(logits_of(base, whole[0], speakers[speaker]), expected) < 1e-4  # fp32
+            assert relative_error(logits_of(base, whole[0], speakers[speaker][1]), expected) < 1e-4  # fp32
         replies.append(sequences[speaker].output_ids)
     assert replies[0] != replies[1] != replies[2] != replies[0]
 
