@@ -330,6 +330,7 @@ class FakeHost:
             "report.json": json.dumps(report).encode(),
         }
         self._write(output, files)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of no more use, and gone before the end is told
         if self.base_model.endswith("damaged"):
             (output / "adapter_model.safetensors").write_bytes(b"not what was there")
         yield RunEvent(kind="completed", progress=1.0, data={"base_model": spec.base_model, "report": report})
