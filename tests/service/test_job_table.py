@@ -34,6 +34,7 @@ from repertory.service.heartbeats import HEARTBEAT_SECONDS, LEASE_SECONDS, Heart
 from repertory.service.jobs import ACTIVE, COMES_FROM, TERMINAL, Jobs, Pulse, Status
 from repertory.service.lease import MAX_LOST_HOSTS, Lease, LeaseLost
 from repertory.service.store import Store, jobs, metrics, model_versions
+from unlimited import unlimited
 
 from .conftest import submission
 
@@ -334,7 +335,7 @@ def sides(postgresql_server: Postgresql) -> Iterator[list[Side]]:
     for at, database_url in enumerate([f"sqlite:///{folder}/repertory.db", url]):
         store = Store(database_url)
         store.migrate()
-        made.append(Side(store, Jobs(store, Datasets(folder / f"datasets-{at}"))))
+        made.append(Side(store, Jobs(store, Datasets(folder / f"datasets-{at}"), unlimited(store))))
     yield made
     for side in made:
         side.store.close()

@@ -250,12 +250,12 @@ def test_what_an_unfinished_submit_left_is_swept(
     jobs: Jobs, datasets: Datasets, submit: Submit, tmp_path: Path
 ) -> None:
     kept = submit("org")
-    datasets.write_pending("org", "train_never_accepted", [])
+    datasets.write_pending("org", "train_never_accepted", [], {})
     jobs.sweep(is_alone=False)  # a submit of another service may be going on
     assert len(list((tmp_path / "datasets/org").iterdir())) == 2
     jobs.sweep(is_alone=True)
     assert [folder.name for folder in (tmp_path / "datasets/org").iterdir()] == [kept]
-    datasets.write_pending("org", "train_never_accepted", [])
+    datasets.write_pending("org", "train_never_accepted", [], {})
     abandoned = tmp_path / "datasets/org/train_never_accepted.pending"
     os.utime(abandoned, (0, 0))
     jobs.sweep(is_alone=False)

@@ -18,6 +18,7 @@ from repertory.service.datasets import Datasets
 from repertory.service.jobs import Job, Jobs
 from repertory.service.store import Store
 from running_service import RunningService, eventually
+from unlimited import unlimited
 
 Start = Callable[..., RunningService]
 SLOW = {"FAKE_HOST_STEPS": "1000", "FAKE_HOST_STEP_SECONDS": "0.05"}  # runs that no test waits for
@@ -27,7 +28,7 @@ SLOW = {"FAKE_HOST_STEPS": "1000", "FAKE_HOST_STEP_SECONDS": "0.05"}  # runs tha
 def jobs_of(service: RunningService, database_url: str) -> Iterator[Jobs]:
     """The job table of a service that has ended, looked at from outside."""
     store = Store(database_url)
-    yield Jobs(store, Datasets(service.folder / "models/datasets"))
+    yield Jobs(store, Datasets(service.folder / "models/datasets"), unlimited(store))
     store.close()
 
 

