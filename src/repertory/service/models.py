@@ -31,6 +31,7 @@ QUOTING = ("report.json", "training_metadata.json")  # files of a version that m
 
 # What a folder looked like when it was verified: name, time of change and size of each file.
 Fingerprint = tuple[tuple[str, int, int], ...]
+Look = tuple[Fingerprint, str | None]  # and what was found wrong with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,8 @@ class Models:
     def __init__(self, store: Store, root: Path) -> None:
         self._store = store
         self._root = root
-        self._verified: dict[Path, Fingerprint] = {}
-        self._sized: dict[
-            Path, Fingerprint
-        ] = {}  # of those that were never hashed: as their names and sizes were right
+        self._verified: dict[Path, Look] = {}
+        self._sized: dict[Path, Look] = {}  # those that were never hashed
 
     def folder(self, org_id: str, training_id: str) -> Path:
         return self._root / org_id / training_id
@@ -180,17 +179,19 @@ class Models:
     def _damage(self, version: Version, *, with_contents: bool = True) -> str | None:
         """What is wrong with the folder, looked for again only after one of its files has changed."""
         folder = version.folder
+        is_listed = not with_contents
         with_contents = with_contents or folder in self._verified
         known = self._verified if with_contents else self._sized
         try:
             fingerprint = _fingerprint(folder)
-            if fingerprint and known.get(folder) == fingerprint:
-                return None
+            earlier, damage = known.get(folder, ((), None))
+            # A damaged one is hashed again each time it is asked for: it may be back from a backup, times and all.
+            if fingerprint and fingerprint == earlier and (damage is None or is_listed):
+                return damage
             damage = manifest.verify(folder, with_contents=with_contents)
         except OSError as error:
             return f"{folder.name} cannot be read: {error.strerror}"
-        if damage is None:
-            known[folder] = fingerprint
+        known[folder] = fingerprint, damage
         return damage
 
 
