@@ -27,6 +27,12 @@ def write_durably(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What was being written beside its place when its process ended."""
+    for beside in folder.glob(".*.tmp"):
+        beside.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is on disk only after its directory is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -29,7 +29,7 @@ LOGITS_POSITIONS = 128  # `microbatch.LOGITS_CHUNK`, which cannot be imported fr
 BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and the gradient: measured, see the test
 # What glibc takes from the system for what torch allocates: freed blocks that nothing later fits into. Measured, see
 # above. torch's own allocator on CUDA rounds little.
-ALLOCATOR_OVERHEAD = {"cpu": 1.5, "cuda": 1.0}
+ALLOCATOR_OVERHEAD = {"cpu": 1.6, "cuda": 1.0}
 LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller tensors in fp32
 GIB = 2**30
 SHORTER_ROWS = (1024, 512, 256)  # tokens: what is advised where a row does not fit

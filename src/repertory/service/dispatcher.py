@@ -11,6 +11,7 @@ from time import monotonic
 
 import structlog
 
+from repertory import manifest
 from repertory.contracts import BaseKey, RunSpec
 from repertory.errors import ErrorInfo, NotFound, RepertoryError, Unavailable
 from repertory.logs import without_text
@@ -67,7 +68,7 @@ class Dispatcher:
             for job in self._jobs.recover():
                 log.info("job taken back, its service process is gone", training_id=job.id, status=job.status)
         self._jobs.sweep(is_alone=is_alone)
-        self._sweep_checkpoints()
+        self._sweep()
         self._queue_thread.start()
         self._lease_thread.start()
 
@@ -116,7 +117,7 @@ class Dispatcher:
             if self._stopping.wait(CANCEL_LOOK_SECONDS):
                 raise Unavailable("The service is stopping; the job will be cancelled.", code="shutting_down")
             job = self._jobs.get(training_id)
-        self._discard_checkpoints(job)
+        self._clear_up(job)
         return self._jobs.cancel(training_id)  # raises where it has come to another end
 
     # The leases' thread
@@ -141,7 +142,7 @@ class Dispatcher:
         job = self._jobs.take_back(pulse, "the service that ran it was lost")
         if job is not None:
             log.warning("job taken back, its heart stopped", training_id=job.id, owner=pulse.lease_owner)
-            self._discard_checkpoints(job)
+            self._clear_up(job)
             self.wake()
 
     # The queue's thread
@@ -176,7 +177,7 @@ class Dispatcher:
         except RepertoryError as error:
             log.error("job failed before it began", training_id=job.id, code=error.code)
             self._jobs.fail_queued(job.id, error.info)
-            self._discard_checkpoints(self._jobs.get(job.id))
+            self._clear_up(self._jobs.get(job.id))
             return False
         if host is not None:
             key = host.key or key  # with the commit that it has turned out to mean
@@ -222,7 +223,7 @@ class Dispatcher:
                 del self._runs[job.id], self._threads[job.id]
             self.wake()
         with suppress(NotFound, *NOT_NOW):  # what stays is swept at the next start
-            self._discard_checkpoints(self._jobs.get(job.id))
+            self._clear_up(self._jobs.get(job.id))
 
     def _spec(self, job: Job, key: BaseKey) -> RunSpec:
         current = self._models.promoted(job.org_id)
@@ -243,20 +244,23 @@ class Dispatcher:
             publish_anyway=config.publish_anyway,
         )
 
-    # Checkpoints: those of a job that has ended are of no more use, whichever way it has ended
+    # What a job that has ended, whichever way, leaves behind: checkpoints, and what its host was writing when it ended
 
     def _checkpoints(self, job: Job) -> Path:
         return self._settings.checkpoint_dir / job.org_id / job.id
 
-    def _discard_checkpoints(self, job: Job) -> None:
+    def _clear_up(self, job: Job) -> None:
         if job.is_terminal:
             shutil.rmtree(self._checkpoints(job), ignore_errors=True)
+            manifest.remove_unfinished(self._models.folder(job.org_id, job.id))
 
-    def _sweep_checkpoints(self) -> None:
-        """Of jobs that ended without anybody to clear up. Folders that no job here knows are not ours to remove."""
-        for folder in self._settings.checkpoint_dir.glob(f"*/{KIND}*"):
+    def _sweep(self) -> None:
+        """After jobs that ended without anybody to clear up. Folders that no job here knows are not ours to touch."""
+        folders = [*self._settings.checkpoint_dir.glob(f"*/{KIND}*")]
+        folders += {path.parent for path in self._settings.finetuned_model_dir.glob(f"*/{KIND}*/.*.tmp")}
+        for folder in folders:
             with suppress(NotFound):
-                self._discard_checkpoints(self._jobs.get(folder.name))
+                self._clear_up(self._jobs.get(folder.name))
 
 
 def _our_mistake(error: Exception) -> ErrorInfo:
