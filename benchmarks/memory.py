@@ -20,8 +20,9 @@ from rich.table import Table
 from repertory.contracts import BUNDLED_MODEL, BaseKey
 from repertory.data.render import NO_LABEL, Row
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
-from repertory.model.lora import Adapter, LoraConfig, Training
+from repertory.model.lora import Training
 from repertory.model.memory import BatchShape, Demand
 from repertory.model.microbatch import MicroBatch
 from repertory.settings import settings

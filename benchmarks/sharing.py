@@ -24,9 +24,9 @@ from benchmarks.workloads import workload
 from repertory.contracts import BUNDLED_MODEL, BaseKey, GenerateRequest, Hyperparameters, RunEvent, RunSpec
 from repertory.data.conversations import Message
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base
 from repertory.model.loop import DeviceLoop
-from repertory.model.lora import Adapter
 from repertory.model.training import TrainingRun
 from repertory.settings import settings
 

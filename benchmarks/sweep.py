@@ -25,10 +25,10 @@ from benchmarks import machine
 from repertory.contracts import BUNDLED_MODEL, BaseKey, Hyperparameters, RunSpec
 from repertory.data import chitchat
 from repertory.model import base as base_models
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.evaluation import score
-from repertory.model.lora import Adapter
 from repertory.model.training import REPORT, TrainingRun
 from repertory.settings import settings
 

@@ -22,9 +22,9 @@ from repertory.contracts import BUNDLED_MODEL, BaseKey, GenerateRequest, Hyperpa
 from repertory.data import chitchat
 from repertory.data.conversations import Conversation, Message
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter, LoraConfig
 from repertory.model.training import TrainingRun
 from repertory.settings import settings
 

@@ -18,10 +18,10 @@ from repertory.contracts import BUNDLED_MODEL, BaseKey, Hyperparameters, RunSpec
 from repertory.data.prepare import with_system
 from repertory.data.render import Row
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base, padded_length
 from repertory.model.engine import Engine
 from repertory.model.evaluation import score
-from repertory.model.lora import Adapter
 from repertory.model.training import TrainingRun
 from repertory.model.weights import locate
 from repertory.settings import settings

@@ -10,8 +10,8 @@ import torch
 from repertory.contracts import AdapterRef
 from repertory.data.render import Renderer
 from repertory.manifest import write_durably, write_manifest
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Outline
-from repertory.model.lora import Adapter, LoraConfig
 from repertory.model.voices import METADATA, provenance
 
 

@@ -18,7 +18,7 @@ from repertory.data.render import NO_LABEL, Row
 from repertory.model import base as base_module
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Siblings
+from repertory.model.layers import Siblings
 from repertory.model.training import TrainingRun
 from repertory.settings import Settings
 

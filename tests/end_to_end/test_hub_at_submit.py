@@ -11,45 +11,16 @@ from typing import Any
 
 import pytest
 
-import tiny
-from fake_hub import FakeHub, running_hub
+from fake_hub import FakeHub
+from hub_service import JOB, service_beside
 from repertory import architectures
-from repertory_fixtures import conversation
 from running_service import RunningService
-
-QUICK = {"learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
-CHATS = [conversation(1 + at % 3, at).model_dump(mode="json", exclude_none=True) for at in range(6)]
-JOB: dict[str, Any] = {"conversations": CHATS, "num_epochs": 1, "hyperparameters": QUICK}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("hub") / "sharded", "llama-gqa", max_shard_size="100KB")
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with running_hub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
 def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    folder = tmp_path_factory.mktemp("service")
-    shutil.copytree(original, folder / "cache" / "tiny" / "default")
-    running = RunningService(
-        folder,
-        HOST_MODULE="repertory.model.host",
-        MODEL_CACHE_DIR=str(folder / "cache"),
-        DEFAULT_BASE_MODEL="tiny/default",
-        HF_ENDPOINT=hub.url,
-        OMP_NUM_THREADS="1",
-    )
-    try:
-        yield running.until_ready()
-    finally:
-        code = running.stop()
-    assert code == 0
+    with service_beside(hub, original, tmp_path_factory.mktemp("service")) as running:
+        yield running
 
 
 def test_a_sharded_model_becomes_a_voice_that_knows_its_commit(

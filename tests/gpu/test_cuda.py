@@ -15,11 +15,12 @@ import tiny
 from repertory.contracts import AdapterRef, BaseKey, RunEvent, TokenChunk
 from repertory.data.prepare import with_system
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.attention import Scoring, causal_attention
 from repertory.model.base import Base
 from repertory.model.hyperparameters import resolve
 from repertory.model.loop import DeviceLoop
-from repertory.model.lora import Adapter, LoraConfig, Training
+from repertory.model.lora import Training
 from repertory.model.memory import BatchShape
 from repertory.model.microbatch import MicroBatch
 from repertory.model.probe import demand

@@ -12,8 +12,8 @@ import pytest
 from benchmarks.voices import random_voice, write_version
 
 from repertory.contracts import AdapterRef
+from repertory.model.adapter import WEIGHTS
 from repertory.model.base import Base
-from repertory.model.lora import WEIGHTS
 from running_host import RunningHost, eventually
 
 VOICES = 40

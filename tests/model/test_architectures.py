@@ -21,9 +21,10 @@ from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import BaseModelUnavailable
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter, Training
+from repertory.model.lora import Training
 from repertory.model.microbatch import MicroBatch
 from repertory.model.prefixes import BLOCK_TOKENS
 from repertory.model.scheduler import Sequence

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import tiny
 from repertory.data.render import NO_LABEL, Row
 from repertory.model import attention
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.attention import PackedRows, causal_mask
 from repertory.model.base import Base
-from repertory.model.lora import Adapter, LoraConfig, Training
+from repertory.model.lora import Training
 from repertory.model.microbatch import MicroBatch, common_prefix, grouped
 from repertory_fixtures import rows_of
 

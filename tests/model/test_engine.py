@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from repertory.contracts import AdapterRef, GenerateRequest, TokenChunk
 from repertory.data.conversations import Message
 from repertory.errors import ErrorInfo, InvalidInput
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter, LoraConfig
 from repertory.model.prefixes import BLOCK_TOKENS
 from repertory.model.scheduler import Sequence
 

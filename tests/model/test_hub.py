@@ -7,32 +7,28 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
 
-import tiny
-from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
+from downloads import NAME, fetch, key, refusal, same_files, settings_for
+from fake_hub import TOKEN, FakeHub, unreachable_url
 from repertory import architectures
 from repertory.catalogue import Catalogue
-from repertory.contracts import BaseKey, Download
+from repertory.contracts import Download
 from repertory.errors import BaseModelUnavailable
 from repertory.model import hub as hub_module
 from repertory.model import transfer, weights
-from repertory.model.addresses import is_public
 from repertory.model.hub import INDEX, SINGLE, Hub
 from repertory.model.lock import alone
 from repertory.settings import Settings
 
-NAME = "acme/tiny-chat"
 FETCH = """
 import sys
 from pathlib import Path
@@ -46,57 +42,12 @@ print(weights.locate(key, Settings(_env_file=None, hf_endpoint=endpoint, model_c
 CANARY = "hf_canaryThatMustNotBeSeenAnywhere"
 
 
-@pytest.fixture(scope="session")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in several shards."""
-    return tiny.make_model(tmp_path_factory.mktemp("sharded") / "model", "llama-gqa", max_shard_size="100KB")
-
-
-@pytest.fixture(scope="session")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("single") / "model", "llama-gqa")
-
-
-@pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    with running_hub() as hub:
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "FIRST_BACKOFF_SECONDS", 0.001)
-    monkeypatch.setattr(transfer, "TELL_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def settings_for(hub: FakeHub, cache: Path, **more: object) -> Settings:
-    values = {"hf_endpoint": hub.url, "model_cache_dir": cache} | more
-    return Settings(_env_file=None).model_copy(update=values)
-
-
-def key(revision: str | None = None, name: str = NAME) -> BaseKey:
-    return BaseKey(base_model=name, revision=revision, quantization="none", dtype="fp32")
-
-
-def fetch(settings: Settings, revision: str | None = None) -> weights.Located:
-    return weights.locate(key(revision), settings)
-
-
-def refusal(settings: Settings, revision: str | None = None) -> BaseModelUnavailable:
-    with pytest.raises(BaseModelUnavailable) as refused:
-        fetch(settings, revision)
-    assert TOKEN not in f"{refused.value.message} {refused.value.cure}"
-    return refused.value
-
-
-def same_files(folder: Path, original: Path) -> bool:
-    weights_of = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    return bool(weights_of) and weights_of == {path.name: path.read_bytes() for path in original.glob("*.safetensors")}
 
 
 # What arrives
@@ -312,108 +263,6 @@ def test_an_endpoint_that_is_no_hub_says_so(hub: FakeHub, cache: Path, single: P
     assert "is no hub's answer" in refusal(settings_for(hub, cache)).message
 
 
-@pytest.mark.parametrize("target", ["http://169.254.169.254/latest", "http://cdn.example/x", "file:///etc/passwd"])
-def test_a_redirect_leads_to_no_unprotected_or_internal_address(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, target: str
-) -> None:
-    asked: list[httpx.URL] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request.url)
-        return httpx.Response(302, headers={"location": target})
-
-    monkeypatch.setattr(Hub, "_client", lambda self, name: httpx.Client(transport=httpx.MockTransport(answer)))
-    settings = Settings(_env_file=None, model_cache_dir=cache, hf_endpoint="https://huggingface.co")
-    assert refusal(settings).code == "base_model_unavailable"
-    assert {url.host for url in asked} == {"huggingface.co"}
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        ("127.0.0.1", False),
-        ("0.0.0.0", False),
-        ("10.1.2.3", False),
-        ("172.31.0.1", False),
-        ("192.168.1.1", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),  # shared by the customers of a carrier
-        ("224.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::1", False),
-        ("::", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("ff02::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("::ffff:93.184.215.14", True),
-        ("64:ff9b::a9fe:a9fe", False),  # 169.254.169.254 behind NAT64
-        ("64:ff9b::5db8:d70e", True),
-        ("2002:7f00:1::", False),  # 127.0.0.1 behind 6to4
-    ],
-)
-def test_which_addresses_are_public(address: str, public: bool) -> None:
-    assert is_public(address) == public
-
-
-class Names:
-    """The names of a network, in place of its resolver: what a look-up says, and where a connection then leads."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.public = {"hub.example", "cdn.example"}
-        resolve = socket.getaddrinfo
-
-        def resolved(host: Any, port: Any, *about: Any, **more: Any) -> Any:
-            looks_public = host in self.public and port is None
-            return resolve("93.184.215.14" if looks_public else "127.0.0.1", port, *about, **more)
-
-        monkeypatch.setattr(socket, "getaddrinfo", resolved)
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
-            monkeypatch.delenv(name.upper(), raising=False)
-
-
-@pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    return Names(monkeypatch)
-
-
-def redirected_from_public(hub: FakeHub, single: Path, to: str) -> None:
-    hub.add(NAME, single)
-    hub.redirects_to = hub.storage_url.replace("127.0.0.1", to) + f"/{NAME}/resolve/main/{SINGLE}"
-
-
-@pytest.mark.parametrize("inside", ["intern.example", "127.0.0.1", "2130706433", "0x7f.1"])
-def test_a_public_hub_leads_to_nothing_inside(
-    hub: FakeHub, cache: Path, single: Path, names: Names, inside: str
-) -> None:
-    """Also where an address is written as a number: it is looked up like a name."""
-    redirected_from_public(hub, single, inside)
-    settings = settings_for(hub, cache, hf_endpoint=hub.url.replace("127.0.0.1", "hub.example"))
-    error = refusal(settings)
-    assert error.code == "private_address"
-    assert "HF_ALLOW_PRIVATE_ADDRESSES" in error.cure
-    assert not [seen for seen in hub.requests if seen.is_storage], "nobody was asked"
-
-
-def test_a_name_that_resolves_otherwise_the_second_time_is_found_out(
-    hub: FakeHub, cache: Path, single: Path, names: Names
-) -> None:
-    redirected_from_public(hub, single, "cdn.example")
-    settings = settings_for(hub, cache, hf_endpoint=hub.url.replace("127.0.0.1", "hub.example"))
-    assert refusal(settings).code == "private_address"
-    assert not list(cache.rglob(f"{SINGLE}*")), "nothing of its answer was kept"
-
-
-def test_a_private_address_can_be_allowed(hub: FakeHub, cache: Path, single: Path, names: Names) -> None:
-    hub.add(NAME, single)  # large files lie at another origin
-    endpoint = hub.url.replace("127.0.0.1", "hub.example")
-    settings = settings_for(hub, cache, hf_endpoint=endpoint, hf_allow_private_addresses=True)
-    assert same_files(fetch(settings).folder, single)
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -456,12 +305,6 @@ def test_an_environment_that_no_request_can_be_made_in_says_what_is_wrong(
     monkeypatch.setenv(name, value)
     error = refusal(settings_for(hub, cache))
     assert (words in error.message, name in error.cure) == (True, True), error.message
-
-
-def test_redirects_in_a_circle_end(hub: FakeHub, cache: Path, single: Path) -> None:
-    hub.add(NAME, single)
-    hub.redirects_to = f"{hub.url}/{NAME}/resolve/main/{SINGLE}"
-    assert "no hub's answer" in refusal(settings_for(hub, cache)).message
 
 
 # Damage

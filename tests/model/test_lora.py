@@ -11,20 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from repertory.errors import InvalidInput
+from repertory.model.adapter import Adapter, AdapterUnusable, LoraConfig
 from repertory.model.attention import PackedRows
 from repertory.model.base import Base
-from repertory.model.lora import (
-    Adapter,
-    AdapterStacks,
-    AdapterUnusable,
-    LoraConfig,
-    LoraLinear,
-    Serving,
-    Training,
-    choose_layers,
-    drop_,
-    dropout_mask,
-)
+from repertory.model.layers import LoraLinear, choose_layers
+from repertory.model.lora import AdapterStacks, Serving, Training, drop_, dropout_mask
 
 IDS = torch.tensor([5, 77, 200, 31, 8, 450, 99])
 

@@ -15,9 +15,10 @@ from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InsufficientMemory
 from repertory.model import attention, memory, microbatch
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base, Outline
 from repertory.model.estimate import estimate
-from repertory.model.lora import Adapter, LoraConfig, Training
+from repertory.model.lora import Training
 from repertory.model.memory import GIB, BatchShape, Demand, cures
 from repertory.model.microbatch import MicroBatch
 from repertory.settings import Settings

@@ -11,9 +11,9 @@ from bitsandbytes.optim import AdamW8bit
 from safetensors.torch import load_file
 
 from repertory.errors import InvalidInput
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
 from repertory.model.hyperparameters import resolve
-from repertory.model.lora import Adapter, LoraConfig
 from repertory.model.memory import BatchShape
 from repertory.model.optimizer import new_optimizer, state_of
 from repertory.model.probe import demand

@@ -9,9 +9,9 @@ import torch
 
 from repertory.contracts import RunEvent, RunSpec
 from repertory.errors import InsufficientMemory
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base
 from repertory.model.hyperparameters import resolve
-from repertory.model.lora import Adapter
 from repertory.model.microbatch import MicroBatch
 from repertory.model.plan import Cut, Plan
 from repertory.model.probe import is_out_of_memory

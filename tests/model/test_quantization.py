@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from repertory.contracts import AdapterRef, BaseKey, Device, Hyperparameters
 from repertory.model import base as base_module
+from repertory.model.adapter import Adapter
 from repertory.model.base import DTYPES, Base, _quantization
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter
 from repertory.model.scheduler import Sequence
 from repertory.model.voices import read_voice
 from repertory_fixtures import LoadBase, MakeSpec, greedy, run_to_end, steps_of, weights_sha256

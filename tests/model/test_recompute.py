@@ -9,9 +9,11 @@ import torch
 
 import tiny
 from repertory.data.prepare import with_system
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import Adapter, LoraConfig, Training, choose_layers
+from repertory.model.layers import choose_layers
+from repertory.model.lora import Training
 from repertory.model.microbatch import MicroBatch
 from repertory_fixtures import LoadBase, MakeSpec, conversation, greedy, run_to_end, steps_of, weights_sha256
 

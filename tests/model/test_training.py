@@ -17,11 +17,11 @@ from repertory.contracts import AdapterRef, GenerateRequest
 from repertory.data.conversations import Conversation, Message
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InvalidInput, JobFailed, Unavailable
+from repertory.model.adapter import Adapter, AdapterUnusable
 from repertory.model.base import Base
 from repertory.model.checkpoint import Checkpoint
 from repertory.model.engine import Engine
 from repertory.model.hyperparameters import TrainConfig, resolve
-from repertory.model.lora import Adapter, AdapterUnusable
 from repertory.model.microbatch import MicroBatch
 from repertory.model.plan import Plan
 from repertory.model.training import TrainingRun

@@ -14,8 +14,8 @@ from benchmarks.voices import random_voice, write_version
 from repertory.contracts import AdapterRef
 from repertory.manifest import MANIFEST, write_manifest
 from repertory.model import voices as voices_module
+from repertory.model.adapter import WEIGHTS, Adapter, AdapterUnusable
 from repertory.model.base import Base
-from repertory.model.lora import WEIGHTS, Adapter, AdapterUnusable
 from repertory.model.voices import LOADS, METADATA, Voice, Voices, read_voice, version_of
 
 MakeVersion = Callable[..., AdapterRef]

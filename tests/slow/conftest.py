@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hub_service import hub, original  # noqa: F401
 from repertory_fixtures import cache, make_spec  # noqa: F401
 from running_service import RunningService
 

@@ -5,8 +5,6 @@ tests/model/test_hub.py has the same errors without service, host and job.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -16,51 +14,24 @@ from typing import Any
 import pytest
 
 import tiny
-from fake_hub import TOKEN, FakeHub, running_hub, unreachable_url
+from fake_hub import TOKEN, FakeHub, unreachable_url
+from hub_service import JOB, service_beside
 from repertory import base_models
 from repertory.errors import Conflict
 from repertory.settings import Settings
-from repertory_fixtures import conversation
 from running_service import RunningService, eventually
 
 pytestmark = pytest.mark.slow
 
 CANARY = "hf_canaryThatMustNotBeSeenAnywhere"
-QUICK = {"learning_rate": 5e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
-CHATS = [conversation(1 + at % 3, at).model_dump(mode="json", exclude_none=True) for at in range(6)]
-JOB: dict[str, Any] = {"conversations": CHATS, "num_epochs": 1, "hyperparameters": QUICK}
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("hub") / "sharded", "llama-gqa", max_shard_size="100KB")
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with running_hub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
 def service(hub: FakeHub, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    folder = tmp_path_factory.mktemp("service")
-    shutil.copytree(original, folder / "cache" / "tiny" / "default")
-    running = RunningService(
-        folder,
-        HOST_MODULE="repertory.model.host",
-        MODEL_CACHE_DIR=str(folder / "cache"),
-        DEFAULT_BASE_MODEL="tiny/default",
-        HF_ENDPOINT=hub.url,
-        HF_HUB_DOWNLOAD_TIMEOUT="2",
-        HUGGINGFACE_TOKEN=CANARY,
-        OMP_NUM_THREADS="1",
-    )
-    try:
-        yield running.until_ready()
-    finally:
-        code = running.stop()
-    assert code == 0
+    with service_beside(
+        hub, original, tmp_path_factory.mktemp("service"), HF_HUB_DOWNLOAD_TIMEOUT="2", HUGGINGFACE_TOKEN=CANARY
+    ) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -77,20 +48,6 @@ def failure(service: RunningService, base_model: str) -> dict[str, Any]:
     error: dict[str, Any] = job["error"]
     assert base_model.partition("@")[0] in error["message"]
     return error
-
-
-def test_a_sharded_model_becomes_a_voice_that_knows_its_commit(
-    service: RunningService, hub: FakeHub, original: Path
-) -> None:
-    commit = hub.add("acme/sharded", original)
-    training_id = service.trained("sharded", base_model="acme/sharded", **JOB)
-    metadata = service.status(training_id)["metadata"]
-    assert (metadata["base_model"], metadata["revision"]) == ("acme/sharded", commit)
-    described = json.loads((service.folder / f"models/finetuned/sharded/{training_id}/adapter_config.json").read_text())
-    assert (described["base_model_name_or_path"], described["revision"]) == ("acme/sharded", commit)
-    answer = service.client.post("/generate?org_id=sharded", json={"message": "Hello!", "max_tokens": 4})
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["model_info"]["metadata"]["revision"] == commit
 
 
 def test_a_voice_stays_on_its_commit_when_the_hub_moves_on(

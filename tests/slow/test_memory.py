@@ -12,7 +12,7 @@ from benchmarks.voices import random_voice, write_version
 
 from repertory.contracts import BUNDLED_MODEL, AdapterRef, BaseKey
 from repertory.model import base as base_module
-from repertory.model.lora import WEIGHTS, Adapter
+from repertory.model.adapter import WEIGHTS, Adapter
 from repertory.model.voices import read_voice
 from repertory.settings import Settings
 

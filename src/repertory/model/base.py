@@ -39,15 +39,8 @@ from repertory.model.attention import (
 from repertory.model.diagnosis import cpu_facts
 from repertory.model.gatedmlp import slim_gated_mlps
 from repertory.model.kvcache import CachedRows, KVCache
-from repertory.model.lora import (
-    AdapterStacks,
-    LoraLinear,
-    ReadingOrder,
-    Router,
-    Routing,
-    Serving,
-    wrap_linear_layers,
-)
+from repertory.model.layers import LoraLinear, ReadingOrder, Router, Routing, wrap_linear_layers
+from repertory.model.lora import AdapterStacks, Serving
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
 from repertory.model.rmsnorm import replace_rms_norms

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from repertory.manifest import MANIFEST, sync_folder, verify, write_durably, write_manifest
-from repertory.model.lora import Adapter
+from repertory.model.adapter import Adapter
 from repertory.model.optimizer import restore_state, state_of
 
 KEPT = 2

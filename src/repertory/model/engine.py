@@ -11,9 +11,10 @@ import torch
 from repertory.contracts import GenerateRequest, SampledToken, TokenChunk, TokenLogprob
 from repertory.data.conversations import Message
 from repertory.errors import DeadlineExceeded, ErrorInfo, InvalidInput
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base
 from repertory.model.kvcache import CachedRows, KVCache
-from repertory.model.lora import Adapter, AdapterStacks, Serving
+from repertory.model.lora import AdapterStacks, Serving
 from repertory.model.prefixes import BLOCK_TOKENS, PrefixCache, Version
 from repertory.model.sampling import logprobs, new_sampler, sample
 from repertory.model.scheduler import Chunk, Scheduler, Sequence

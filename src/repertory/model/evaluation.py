@@ -26,9 +26,10 @@ from repertory.data.conversations import Conversation, Message
 from repertory.data.prepare import read_numbered, with_system
 from repertory.data.render import Row
 from repertory.errors import DataUnusable, ErrorInfo, RepertoryError
+from repertory.model.adapter import WEIGHTS, Adapter
 from repertory.model.base import Base
 from repertory.model.engine import Engine
-from repertory.model.lora import WEIGHTS, Adapter, Training
+from repertory.model.lora import Training
 from repertory.model.microbatch import MicroBatch, common_prefix, grouped
 from repertory.model.scheduler import Sequence as EngineSequence
 from repertory.model.voices import Voice

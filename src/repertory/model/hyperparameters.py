@@ -10,7 +10,7 @@ from repertory.contracts import Hyperparameters, OptimizerName
 from repertory.errors import InvalidInput
 from repertory.model.base import Outline
 from repertory.model.certificate import ENOUGH_ROWS
-from repertory.model.lora import choose_layers
+from repertory.model.layers import choose_layers
 
 MIN_STEPS = 100  # LoRA wants this many: https://tinker-docs.thinkingmachines.ai/lora-primer
 MAX_STEPS = 1500

@@ -33,11 +33,11 @@ from repertory.errors import (
     Unavailable,
 )
 from repertory.logs import without_text
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base, Outline, free_bytes, give_back_memory
 from repertory.model.engine import MAX_ROWS, Engine
 from repertory.model.estimate import estimate
 from repertory.model.evaluation import evaluate
-from repertory.model.lora import Adapter
 from repertory.model.memory import gib
 from repertory.model.prefixes import Version
 from repertory.model.probe import is_out_of_memory

@@ -191,7 +191,7 @@ class Demand:
         return batch.tokens * per_token + self._kept_by_an_mlp() + self._attention_elements() * element
 
     def _inputs_dropped(self) -> int:
-        """Features. Layers that read the same drop the same, unless they are quantized (`lora.Siblings`)."""
+        """Features. Layers that read the same drop the same, unless they are quantized (`layers.Siblings`)."""
         linear = self.architecture.linear
         if self.key.quantization != "none":
             return sum(linear[name][0] for name in self.adapted)

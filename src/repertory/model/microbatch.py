@@ -13,7 +13,7 @@ from torch import Tensor
 from repertory.data.render import NO_LABEL, Row
 from repertory.model.attention import PackedRows
 from repertory.model.base import Base
-from repertory.model.lora import Routing
+from repertory.model.layers import Routing
 
 # Positions whose logits exist at one time: 128 x 49,152 in fp32 are 24 MiB, and the loss needs some copies of them.
 LOGITS_CHUNK = 128

@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 
 from repertory.errors import InsufficientMemory, RepertoryError
+from repertory.model.adapter import Adapter
 from repertory.model.base import Base, Outline, give_back_memory
 from repertory.model.hyperparameters import TrainConfig
-from repertory.model.lora import Adapter, Training, choose_layers
+from repertory.model.layers import choose_layers
+from repertory.model.lora import Training
 from repertory.model.memory import BatchShape, Demand, cures, gib
 from repertory.model.microbatch import MicroBatch
 from repertory.model.optimizer import new_optimizer

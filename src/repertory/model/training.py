@@ -27,6 +27,7 @@ from repertory.data.render import Row
 from repertory.errors import InvalidInput, JobFailed, Unavailable
 from repertory.manifest import MANIFEST, verify, write_durably, write_manifest
 from repertory.model import certificate, hyperparameters
+from repertory.model.adapter import Adapter, AdapterUnusable, LoraConfig
 from repertory.model.base import Base
 from repertory.model.certificate import ENOUGH_REPLIES, Check
 from repertory.model.checkpoint import Checkpoint, State
@@ -34,7 +35,8 @@ from repertory.model.engine import Engine
 from repertory.model.evaluation import SHOWN_PROMPTS, Score, prompts_from, replies, score
 from repertory.model.general_chats import general_chats
 from repertory.model.hyperparameters import TrainConfig
-from repertory.model.lora import Adapter, AdapterUnusable, LoraConfig, Training, choose_layers
+from repertory.model.layers import choose_layers
+from repertory.model.lora import Training
 from repertory.model.microbatch import MicroBatch, common_prefix, with_prompt_loss
 from repertory.model.optimizer import new_optimizer
 from repertory.model.plan import Cut, Plan, Work

@@ -21,8 +21,8 @@ import torch
 
 from repertory.contracts import AdapterRef, AdapterTier, BaseKey, Durations
 from repertory.manifest import verify
+from repertory.model.adapter import WEIGHTS, Adapter, AdapterUnusable
 from repertory.model.base import Base
-from repertory.model.lora import WEIGHTS, Adapter, AdapterUnusable
 from repertory.model.prefixes import Version
 from repertory.model.tier import Place, Tier
 
