@@ -244,10 +244,11 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         has_conv1d=any(type(layer.base).__name__ == "Conv1D" for layer in layers.values()),
         memory_limit_bytes=limit,
     )
-    if key.quantization != "none":  # what was not quantized would keep the whole file mapped, read through once
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if not isinstance(tensor, Params4bit | Int8Params):
-                tensor.data = tensor.data.clone()
+    # What lies in the mapped file would keep all of it mapped, and it has been read through once: to quantize it, or to
+    # join siblings.
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not isinstance(tensor, Params4bit | Int8Params):
+            tensor.data = tensor.data.clone()
     _check_vocabulary(base, name)
     _check_forward(base, name)
     give_back_memory(torch_device)
