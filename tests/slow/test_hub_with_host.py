@@ -163,7 +163,11 @@ def test_a_download_shows_its_progress_delays_nobody_and_stops_with_its_job(
     service.trained("slow", base_model="acme/slow", **JOB)
 
 
-def test_without_a_hub_what_is_here_goes_on_and_what_is_not_says_how_to_get_it(service: RunningService) -> None:
+def test_without_a_hub_what_is_here_goes_on_and_what_is_not_says_how_to_get_it(
+    service: RunningService, hub: FakeHub, original: Path
+) -> None:
+    hub.add("acme/sharded", original)
+    service.trained("sharded", base_model="acme/sharded", **JOB)
     service.stop()
     service.environment |= {"HF_ENDPOINT": unreachable_url()}
     del service.environment["HUGGINGFACE_TOKEN"]
