@@ -2,16 +2,20 @@
 
     python -m benchmarks.train [--workloads A B C] [--repeats 3] [--output docs/benchmarks/train.json]
 
-Same rows and labels, effective batch, rank, targets and rate. TRL runs in the fastest of its ways, found first.
+Same rows and labels, effective batch, rank, targets and rate. TRL runs in the fastest of its ways, found first; one for
+which this machine has not memory enough is none. With --output the workloads that were measured replace those in the
+file, the others stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ TRL_WAYS = {
     "fp32, 4 x 4": ["--dtype", "fp32", "--micro-batch", "4"],
 }
 WHOLE_ROWS = 96
+PEAK_SHAPE = (416, 576, 1536)  # rows of a micro-batch, and the widths of an MLP
 STEPS = {"A": 4, "B": 2, "C": 1}
 
 
@@ -39,32 +44,37 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="also whole jobs, evaluation and certificate included")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine.facts(), "workloads": {}}
+    results: dict[str, Any] = {"workloads": {}}
+    if args.output and args.output.exists():
+        results = json.loads(args.output.read_text())
+    results["machine"] = machine.facts()
     for name in args.workloads:
-        results["workloads"][name] = compare(name, args.repeats)
+        found = compare(name, args.repeats)
         if args.whole and name != "C":
-            results["workloads"][name]["whole"] = compare_whole(name, results["workloads"][name]["trl_way"])
-    peak = machine.matmul_tflops(torch.bfloat16, 416, 576, 1536)
-    results["matmul_tflops"] = {"416 x 576 x 1536": round(peak, 3)}
-    if "A" in results["workloads"]:
-        results["workloads"]["A"]["share_of_matmul_peak"] = round(
-            results["workloads"]["A"]["repertory_tflops"] / peak, 2
-        )
+            found["whole"] = compare_whole(name, found["trl_way"])
+        found["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        results["workloads"][name] = found
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
     show(results)
     print(json.dumps(results))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
     steps = ["--steps", str(STEPS[name])]
-    found = {way: worker("trl", name, "--steps", "1", *flags) for way, flags in TRL_WAYS.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for way, flags in TRL_WAYS.items():
+        try:
+            found[way] = worker("trl", name, "--steps", "1", *flags)
+        except MemoryError:
+            print(name, "trl", *flags, "not enough memory")
     best = max(found, key=lambda way: found[way]["tokens_per_second"])
-    ours, theirs = [], []
+    ours, theirs, peaks = [], [], []
     for _ in range(repeats):
         ours.append(worker("repertory", name, *steps))
         theirs.append(worker("trl", name, *steps, *TRL_WAYS[best]))
+        peaks.append(machine.matmul_tflops(torch.bfloat16, *PEAK_SHAPE))
     our_rate, their_rate = median(ours, "tokens_per_second"), median(theirs, "tokens_per_second")
     return {
         "repertory_tokens_per_second": round(our_rate, 1),
@@ -74,7 +84,9 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
         "trl_ways": {way: round(result["tokens_per_second"], 1) for way, result in found.items()},
         "repertory_peak_mb": round(median(ours, "peak_bytes") / 1e6),
         "trl_peak_mb": round(median(theirs, "peak_bytes") / 1e6),
-        "repertory_tflops": median(ours, "flops_per_second") / 1e12,
+        "repertory_tflops": round(median(ours, "flops_per_second") / 1e12, 3),
+        "matmul_peak_tflops": round(statistics.median(peaks), 3),
+        "share_of_matmul_peak": round(median(ours, "flops_per_second") / 1e12 / statistics.median(peaks), 2),
     }
 
 
@@ -93,6 +105,8 @@ def compare_whole(name: str, way: str) -> dict[str, Any]:
 def worker(system: str, name: str, *flags: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.train_worker", system, name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:  # by the system, for the memory
+        raise MemoryError
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -105,7 +119,17 @@ def median(results: list[dict[str, Any]], key: str) -> float:
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table("workload", "Repertory, tokens/s", "TRL, tokens/s", "ratio", "TRL's way", "peak MB, ours", "TRL's")
+    table = Table(
+        "workload",
+        "Repertory, tokens/s",
+        "TRL, tokens/s",
+        "ratio",
+        "TRL's way",
+        "peak MB, ours",
+        "TRL's",
+        "of matmul peak",
+        "whole job, ratio",
+    )
     for name, row in results["workloads"].items():
         table.add_row(
             name,
@@ -115,6 +139,8 @@ def show(results: dict[str, Any]) -> None:
             row["trl_way"],
             str(row["repertory_peak_mb"]),
             str(row["trl_peak_mb"]),
+            str(row["share_of_matmul_peak"]),
+            str(row["whole"]["ratio"]) if "whole" in row else "",
         )
     Console().print(table)
 

@@ -148,6 +148,7 @@ def trl(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
+    micro_batch = min(args.micro_batch, work.batch_rows)
     targets = sorted({name.rsplit(".", 1)[-1] for name in ours.layers})
     mean_length = sum(len(row.input_ids) for row in trained) / len(trained)
     with tempfile.TemporaryDirectory() as output:
@@ -155,13 +156,13 @@ def trl(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
             model=model,
             args=SFTConfig(
                 output_dir=output,
-                per_device_train_batch_size=1 if args.packing else args.micro_batch,
-                gradient_accumulation_steps=max(work.batch_rows // args.micro_batch, 1),
+                per_device_train_batch_size=1 if args.packing else micro_batch,
+                gradient_accumulation_steps=work.batch_rows // micro_batch,
                 max_steps=args.steps + 1 if args.steps else -1,
                 num_train_epochs=1,
                 learning_rate=RATE,
                 lr_scheduler_type="linear",
-                max_length=int(mean_length * args.micro_batch) if args.packing else 2048,
+                max_length=int(mean_length * micro_batch) if args.packing else 2048,
                 packing=args.packing,
                 loss_type=args.loss,
                 bf16=args.dtype == "bf16",
@@ -189,7 +190,7 @@ def trl(work: Workload, args: argparse.Namespace) -> dict[str, Any]:
     tokens = step_tokens(trained, work, args.steps)
     if args.packing:  # a step holds blocks, each of about as many rows as a micro-batch
         block = sum(len(row.input_ids) for row in trained) / len(trainer.train_dataset)
-        tokens = block * (work.batch_rows / args.micro_batch) * args.steps
+        tokens = block * (work.batch_rows / micro_batch) * args.steps
     return {"tokens_per_second": tokens / (ends[-1] - ends[0]), "peak_bytes": peak}
 
 
