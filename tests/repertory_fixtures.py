@@ -75,7 +75,7 @@ def in_float64(load_base: LoadBase) -> Callable[[str], Base]:
             if len(siblings.layers) > 1:
                 Siblings.join(siblings.layers)
         base.model.set_experts_implementation("eager")  # of a mixture: the fast ones know no float64
-        base.dtype = torch.float64
+        base.dtype, base.decoder = torch.float64, None  # which is for fp32 and bf16
         return base
 
     return load

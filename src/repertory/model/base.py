@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from repertory.model.attention import (
     ATTENTION,
     Layout,
     PackedRows,
+    Scoring,
     check_masks,
     layout_in_force,
 )
+from repertory.model.decoder import Decoder
 from repertory.model.diagnosis import cpu_facts
 from repertory.model.gatedmlp import slim_gated_mlps
 from repertory.model.kvcache import CachedRows, KVCache
@@ -106,6 +108,7 @@ class Base(Outline):
     has_conv1d: bool
     fingerprint: str  # of the weights on disk: an adapter fits no others
     memory_limit_bytes: int | None = None  # MAX_GPU_MEMORY_GB
+    decoder: Decoder | None = None  # the fast way from one token to the next, where there is one
 
     @contextmanager
     def passing(self, layout: Layout, routing: Routing | None, *, recompute: bool = False) -> Iterator[None]:
@@ -250,7 +253,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         if not isinstance(tensor, Params4bit | Int8Params):
             tensor.data = tensor.data.clone()
     _check_vocabulary(base, name)
-    _check_forward(base, name)
+    _check_forward(base, name, say)
     give_back_memory(torch_device)
     return base
 
@@ -442,6 +445,18 @@ def _check_vocabulary(base: Base, name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Noting:
+    """A layout, and how each layer weighed what it saw of it."""
+
+    layout: PackedRows
+    scorings: dict[int, Scoring] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Scoring) -> Tensor:
+        self.scorings[layer] = how
+        return self.layout.attend(layer, query, key, value, how)
+
+
 @dataclass(eq=False)
 class _Checked:
     """Whose row of the cache is checked."""
@@ -450,7 +465,7 @@ class _Checked:
 
 
 @torch.inference_mode()
-def _check_forward(base: Base, name: str) -> None:
+def _check_forward(base: Base, name: str, say: Callable[[str], None]) -> None:
     """Compare our packed and cached forward passes with the model's own: whoever computes otherwise is refused here.
 
     First who sees whom at the end of the longest rows. Then the logits: two rows of 12 tokens share a prefix of 8; the
@@ -458,10 +473,11 @@ def _check_forward(base: Base, name: str) -> None:
     every reply, silently.
 
     The packed pass also shows which layers read the same tensor; they are joined for the cached ones, and from then on.
+    With that the fast decoder can be made, where there is one for this family; one that differs is not used.
     """
     ids = torch.randint(0, base.vocabulary_size, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
     row = torch.cat((ids[:8], ids[12:]))
-    packed = PackedRows(prefix=8, lengths=(4, 4), device=base.device)
+    packed = _Noting(PackedRows(prefix=8, lengths=(4, 4), device=base.device))
     order, bare = ReadingOrder(), Serving([], [], AdapterStacks())
     cache = base.kv_cache()
     holder = _Checked()
@@ -474,13 +490,17 @@ def _check_forward(base: Base, name: str) -> None:
         expected = base.model(input_ids=row[None], use_cache=False).logits[0, -1].float()
         base.model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         with base.passing(packed, order):
-            from_packed = base.logits(base.hidden(ids, packed.positions)[-1:])[0]
+            from_packed = base.logits(base.hidden(ids, packed.layout.positions)[-1:])[0]
         order.join_siblings()
         with base.passing(first, bare):
             base.hidden(row[:-1], first.positions)
         holder.cached_tokens = 11
         with base.passing(last, bare):
             from_cache = base.logits(base.hidden(row[-1:], last.positions))[0]
+        scorings = [packed.scorings[layer] for layer in range(base.layer_count)]
+        base.decoder = Decoder.of(base.model, base.layers, base.dtype, scorings)
+        if base.decoder is not None:
+            from_decoder = base.decoder.logits([int(row[-1])], [holder], [None], cache)[0]
     except (AssertionError, RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise _unsupported(name, f"the forward pass over packed rows fails ({_first_line(error)})") from error
     if not expected.isfinite().all():
@@ -496,3 +516,6 @@ def _check_forward(base: Base, name: str) -> None:
         error_ratio = ((logits - expected).norm() / expected.norm()).item()
         if not error_ratio < allowed:
             raise _unsupported(name, f"{how} logits differ from the model's own by {error_ratio:.2g} of their norm")
+    if base.decoder is not None and not (from_decoder - expected).norm() / expected.norm() < allowed:
+        say(f"decoding {name} without its fast decoder, whose logits differ from the model's own")
+        base.decoder = None

@@ -220,6 +220,10 @@ class Engine:
     def _forward(self, decoding: list[Sequence], chunks: list[Chunk]) -> torch.Tensor:
         """Logits (n, vocabulary) of those that decode, and then of those whose prompts are complete."""
         base = self.base
+        if base.decoder is not None and decoding:
+            ids = [sequence.output_ids[-1] for sequence in decoding]
+            decoded = base.decoder.logits(ids, decoding, [sequence.adapter for sequence in decoding], self.cache)
+            return torch.cat((decoded, self._forward([], chunks))) if chunks else decoded
         ids = [sequence.output_ids[-1] for sequence in decoding]
         last = list(range(len(ids)))
         for chunk in chunks:

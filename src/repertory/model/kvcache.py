@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,22 @@ class KVCache:
         """The pool's capacity and the row. CachedRows wants those that decode in this order."""
         pool = self._pool(holder)
         return pool.capacity, pool.holders.index(holder)
+
+    def addresses(self, holders: Sequence[Holder]) -> np.ndarray[Any, Any]:
+        """Of each layer and holder where its keys and its values lie in memory, and its row's capacity: (L, N, 3)."""
+        found = np.empty((self.layers, len(holders), 3), np.int64)
+        places = [self.place(holder) for holder in holders]
+        for capacity, pool in self.pools.items():
+            here = [at for at, place in enumerate(places) if place[0] == capacity]
+            if not here:
+                continue
+            rows = np.array([places[at][1] for at in here], np.int64)
+            for layer, held in enumerate(pool.layers):
+                assert held is not None, "a sequence decodes after its prompt"
+                sizes = np.array(held.stride()[:2]) * held.itemsize
+                keys = held.data_ptr() + rows * sizes[1]
+                found[layer, here] = np.stack((keys, keys + sizes[0], np.full_like(rows, capacity)), axis=1)
+        return found
 
     def read(self, holder: Holder, begin: int, end: int) -> Tensor:
         """A copy of its tokens from `begin` to `end`: (L, 2, G, T, D)."""

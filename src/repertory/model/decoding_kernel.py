@@ -1,0 +1,631 @@
+"""A decoding step of a Llama-type model on a CPU as one compiled function: `step`.
+
+torch starts some fifty operations a block and reads 16-bit weights at a third of the rate that memory gives. Here all
+threads go through the blocks together, each with its share of the rows or of the outputs, and meet in between.
+
+The innermost loop, `dots`, is written as LLVM vectors, so that it takes the processor's bf16 products where it has them
+and adds up in the same order whoever else is in the batch: a row's logits are the same bits in every batch.
+
+Shapes: L layers, N rows, H hidden size, D head size, V vocabulary.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import overload
+
+intrinsic: Any = numba.extending.intrinsic  # whose functions are called without the first argument they have
+
+_features = numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+HAS_FMA = "+fma" in _features or "+neon" in _features  # without it each product would be a call into libm
+HAS_BF16_PRODUCTS = "+avx512bf16" in _features
+LANES = 16 if "+avx512f" in _features else 8  # of a vector: numbers in fp32
+MOST_ROWS = 4 if LANES == 16 else 2  # at a time: what the registers hold the sums of
+COLUMNS = 4  # outputs at a time; `_sums` is written for four
+RANK_MULTIPLE = 16  # of the adapters' ranks
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_Q, _K, _V, _O, _GATE, _UP, _DOWN = range(len(PROJECTIONS))
+SPINS = 20_000  # of a thread that waits for the others, before it lets another process have the core
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """numba's njit, with the machine code kept beside this file or in the user's cache."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # neither can be written: it is compiled at each start
+            return njit(error_model="numpy", **options)(function)
+
+    return decorate
+
+
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOATS = ir.VectorType(_FLOAT, LANES)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's type of bf16 numbers, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+@intrinsic
+def pointer(typing, address, like):
+    """`address`, an integer, as a pointer to elements of the array `like`."""
+    to = types.CPointer(like.dtype)
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(to))
+
+    return to(address, like), generate
+
+
+def _dots(rows: int) -> Any:
+    @intrinsic
+    def dots(typing, w, x, stride, xs, bs, ranks, voice_stride, output, low, low_stride, out, out_stride):
+        """out[j, c] = sum_i w[c, i] x[j, i] + sum_k b_j[output + c, k] low[j, k], for j < rows and c < COLUMNS.
+
+        `stride`: elements of a row of w; `xs` of one of x: as many as there are products, or as lie between two rows.
+        Of row j, b_j is at the address bs[j * voice_stride], and has ranks[j * voice_stride] columns.
+        """
+        n = types.int64
+        signature = types.void(w, x, n, n, bs, ranks, n, n, low, n, out, n)
+
+        def generate(context, builder, signature, args):
+            _Dots(builder, rows, w.dtype == types.uint16, x.dtype == types.uint16).emit(*args)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return dots
+
+
+class _Dots:
+    """Writes the instructions of `dots`."""
+
+    def __init__(self, builder: Any, rows: int, has_half_weights: bool, has_half_inputs: bool) -> None:
+        self.builder = builder
+        self.rows = rows
+        self.has_half_weights = has_half_weights
+        self.has_half_inputs = has_half_inputs  # then two at a time are multiplied, by the processor's bf16 products
+        self.step = 2 * LANES if has_half_inputs else LANES
+
+    def emit(self, w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride) -> None:
+        b = self.builder
+
+        def products(sums, at, mask=None):
+            places = [b.add(b.mul(count, _number(c)), at) for c in range(COLUMNS)]
+            ws = [self.loaded(w, place, self.has_half_weights, mask) for place in places]
+            if not self.has_half_inputs:
+                ws = [self.widened(one) for one in ws]
+            found = []
+            for j in range(self.rows):
+                inputs = self.loaded(x, b.add(b.mul(x_stride, _number(j)), at), self.has_half_inputs, mask)
+                for c in range(COLUMNS):
+                    found.append(self.multiplied(inputs, ws[c], sums[j * COLUMNS + c]))
+            return found
+
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        sums, at = self.loop(count, self.step, [zero] * self.rows * COLUMNS, products)
+        sums = self.with_rest(sums, at, count, products)
+        for j in range(self.rows):
+            voice = b.mul(voice_stride, _number(j))
+            rank, address = b.load(b.gep(ranks, [voice])), b.load(b.gep(bs, [voice]))
+            size = 2 if self.has_half_weights else 4
+            begin = b.add(address, b.mul(b.mul(output, rank), _number(size)))
+            B = b.inttoptr(begin, w.type)
+            low_j = b.gep(low, [b.mul(low_stride, _number(j))])
+
+            def corrections(sums, at, rank=rank, B=B, low_j=low_j):
+                lows = self.loaded(low_j, at, False, lanes=LANES)
+                found = []
+                for c, total in enumerate(sums):
+                    weights = self.loaded(B, b.add(b.mul(rank, _number(c)), at), self.has_half_weights, lanes=LANES)
+                    found.append(self.fma(self.widened(weights), lows, total))
+                return found
+
+            row, _ = self.loop(rank, LANES, sums[j * COLUMNS : (j + 1) * COLUMNS], corrections)
+            place = b.gep(out, [b.mul(out_stride, _number(j))])
+            b.store(self.total(row), b.bitcast(place, ir.PointerType(ir.VectorType(_FLOAT, COLUMNS))), align=4)
+
+    def loop(self, end, step, carried, body):
+        """`carried`, after `body` has been at 0, step, 2 step, ... while a step fits before `end`; and where it ended."""
+        b = self.builder
+        before = b.block
+        head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+        b.branch(head)
+        b.position_at_end(head)
+        at = b.phi(_INT64)
+        at.add_incoming(_number(0), before)
+        phis = [b.phi(_FLOATS) for _ in carried]
+        for phi, value in zip(phis, carried, strict=True):
+            phi.add_incoming(value, before)
+        then = b.add(at, _number(step))
+        b.cbranch(b.icmp_signed("<=", then, end), inside, after)
+        b.position_at_end(inside)
+        for phi, value in zip(phis, body(phis, at), strict=True):
+            phi.add_incoming(value, b.block)
+        at.add_incoming(then, b.block)
+        b.branch(head)
+        b.position_at_end(after)
+        return phis, at
+
+    def with_rest(self, sums, at, count, products):
+        """With what is left of rows that are no multiple of the step."""
+        b = self.builder
+        whole = b.block
+        rest, joined = b.append_basic_block("rest"), b.append_basic_block("joined")
+        b.cbranch(b.icmp_signed("<", at, count), rest, joined)
+        b.position_at_end(rest)
+        lanes = ir.VectorType(_INT32, self.step)
+        left = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(b.sub(count, at), _INT32), _INT32(0))
+        left = b.shuffle_vector(left, left, ir.Constant(lanes, [0] * self.step))
+        mask = b.icmp_signed("<", ir.Constant(lanes, list(range(self.step))), left)
+        with_rest = products(sums, at, mask)
+        b.branch(joined)
+        b.position_at_end(joined)
+        found = []
+        for without, one in zip(sums, with_rest, strict=True):
+            phi = b.phi(_FLOATS)
+            phi.add_incoming(without, whole)
+            phi.add_incoming(one, rest)
+            found.append(phi)
+        return found
+
+    def loaded(self, base, at, is_half, mask=None, lanes=None):
+        b = self.builder
+        kind = ir.VectorType(ir.IntType(16) if is_half else _FLOAT, lanes or self.step)
+        size = 2 if is_half else 4
+        place = b.bitcast(b.gep(base, [at]), ir.PointerType(kind))
+        if mask is None:
+            return b.load(place, align=size)
+        name = f"llvm.masked.load.v{self.step}{'i16' if is_half else 'f32'}.p0"
+        load = self.function(name, kind, [place.type, _INT32, mask.type, kind])
+        return b.call(load, [place, _INT32(size), mask, ir.Constant(kind, None)])
+
+    def widened(self, numbers):
+        if not self.has_half_weights:
+            return numbers
+        wide = ir.VectorType(_INT32, LANES)
+        shifted = self.builder.shl(self.builder.zext(numbers, wide), ir.Constant(wide, [16] * LANES))
+        return self.builder.bitcast(shifted, _FLOATS)
+
+    def multiplied(self, x, w, total):
+        if not self.has_half_inputs:
+            return self.fma(x, w, total)
+        b = self.builder
+        function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+        return b.call(function, [total, b.bitcast(x, _BFLOATS), b.bitcast(w, _BFLOATS)])
+
+    def fma(self, x, w, total):
+        function = self.function(f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+        return self.builder.call(function, [x, w, total])
+
+    def total(self, vectors):
+        """The sums of four vectors' elements as one vector: they are transposed while they are added up."""
+
+        def folded(one, other, width):
+            first = []
+            for begin in range(0, LANES, 2 * width):
+                first += [*range(begin, begin + width), *range(LANES + begin, LANES + begin + width)]
+            return self.added(one, other, first, [at + width for at in first])
+
+        total = folded(folded(vectors[0], vectors[1], 1), folded(vectors[2], vectors[3], 1), 2)
+        lanes = LANES
+        while lanes > COLUMNS:
+            lanes //= 2
+            total = self.added(total, total, list(range(lanes)), list(range(lanes, 2 * lanes)))
+        return total
+
+    def added(self, one, other, first, second):
+        b, index = self.builder, ir.VectorType(_INT32, len(first))
+        halves = [b.shuffle_vector(one, other, ir.Constant(index, places)) for places in (first, second)]
+        return b.fadd(*halves)
+
+    def function(self, name, result, arguments):
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_INT64, value)
+
+
+_dots_1, _dots_2, _dots_3, _dots_4 = _dots(1), _dots(2), _dots(3), _dots(4)
+
+
+@compiled()
+def dots(rows, w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride):
+    """Of at most MOST_ROWS of the `rows`."""
+    if rows == 1:
+        _dots_1(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
+    elif rows == 2 or MOST_ROWS == 2:
+        _dots_2(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
+    elif rows == 3:
+        _dots_3(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
+    else:
+        _dots_4(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
+
+
+@intrinsic
+def _bits(typing, value):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], _INT32)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _from_bits(typing, value):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+def put(array, at, value):
+    """array[at] = value, rounded to bf16 where that is what the array holds."""
+
+
+@overload(put)
+def _put(array, at, value):
+    if array.dtype == types.uint16:
+
+        def rounded(array, at, value):
+            bits = _bits(value)
+            nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            array[at] = np.uint16(nearest) if value == value else np.uint16(0x7FC0)
+
+        return rounded
+
+    def plain(array, at, value):
+        array[at] = value
+
+    return plain
+
+
+def get(array, at):
+    """array[at] in fp32."""
+
+
+@overload(get)
+def _get(array, at):
+    if array.dtype == types.uint16:
+        return lambda array, at: _from_bits(np.uint32(array[at]) << np.uint32(16))
+    return lambda array, at: array[at]
+
+
+@intrinsic
+def _atomic_add(typing, place, value):
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], args[1], "acq_rel")
+
+    return types.int64(types.CPointer(types.int64), types.int64), generate
+
+
+@intrinsic
+def _atomic_load(typing, place):
+    def generate(context, builder, signature, args):
+        return builder.load_atomic(args[0], "acquire", 8)
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def _atomic_store(typing, place, value):
+    def generate(context, builder, signature, args):
+        builder.store_atomic(args[1], args[0], "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.CPointer(types.int64), types.int64), generate
+
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@compiled()
+def meet(meeting, threads):
+    """Wait until all threads are here. `meeting`: (2, 8), its rows a cache line each."""
+    if threads == 1:
+        return
+    came, round_ = pointer(address(meeting, 0), meeting), pointer(address(meeting, 8), meeting)
+    now = _atomic_load(round_)
+    if _atomic_add(came, 1) == threads - 1:
+        _atomic_store(came, 0)
+        _atomic_store(round_, now + 1)
+        return
+    spins = 0
+    while _atomic_load(round_) == now:
+        spins += 1
+        if spins > SPINS:
+            _sched_yield()
+
+
+@compiled(inline="always")
+def address(array, element):
+    """Of an element of an array whose rows are contiguous."""
+    return np.int64(array.ctypes.data) + element * array.itemsize
+
+
+@compiled(inline="always")
+def share(count, multiple, thread, threads):
+    """A thread's part of `count`: where it begins and ends, in whole multiples."""
+    multiples = -(-count // multiple)
+    begin, end = multiples * thread // threads, multiples * (thread + 1) // threads
+    return min(begin * multiple, count), min(end * multiple, count)
+
+
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@compiled(inline="always")
+def exp(x):
+    """Cephes' expf, which compilers turn into vectors; between -87 and 88, and beyond as there."""
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    whole = np.floor(x * LOG2E + np.float32(0.5))
+    x = x - whole * LN2_HIGH - whole * LN2_LOW
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1)
+    return y * _from_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
+
+
+@compiled(fastmath=True)
+def normalise(x, weight, eps, out):
+    """Root mean square normalisation: https://arxiv.org/abs/1910.07467."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    scale = np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
+    for i in range(len(x)):
+        put(out, i, x[i] * scale * weight[i])
+
+
+@compiled()
+def product(begin, end, first, W, like, width, x, count, Bs, ranks, low, out):
+    """out[n, o] for `count` rows of x and the outputs o from begin to end of W, of a layer that begins at `first`.
+
+    W: address of (outputs, width), elements as in `like`. Bs and ranks: of each row's voice, where that layer's stand.
+    """
+    outputs, voice_stride, low_stride = out.shape[1], Bs.strides[0] // 8, low.strides[0] // 4
+    for block in range(begin, end, COLUMNS):
+        o = min(block, end - COLUMNS)  # the last ones may overlap, and then say the same again
+        w = pointer(W + o * width * like.itemsize, like)
+        for n in range(0, count, MOST_ROWS):
+            dots(
+                count - n,
+                w,
+                pointer(address(x, n * width), x),
+                width,
+                width,
+                pointer(address(Bs, n * voice_stride), Bs),
+                pointer(address(ranks, n * voice_stride), ranks),
+                voice_stride,
+                o - first,
+                pointer(address(low, n * low_stride), low),
+                low_stride,
+                pointer(address(out, n * outputs + o), out),
+                outputs,
+            )
+
+
+@compiled()
+def lower(A, like, rank, width, x, n, scaling, low, nothing):
+    """low[:rank] = scaling * A x[n], with A the address of (rank, width)."""
+    none = pointer(address(nothing, 0), nothing)
+    for k in range(0, rank, COLUMNS):
+        w = pointer(A + k * width * like.itemsize, like)
+        x_n, low_k = pointer(address(x, n * width), x), pointer(address(low, k), low)
+        dots(1, w, x_n, width, width, none, none, 0, 0, low_k, 0, low_k, 0)
+    for k in range(rank):
+        low[k] *= scaling
+
+
+@compiled(fastmath=True)
+def turn(head, weight, eps, is_normal, cos, sin, spare):
+    """In place: normalised where the model does that, and turned to its position (https://arxiv.org/abs/2104.09864)."""
+    half = len(head) // 2
+    scale = np.float32(1)
+    if is_normal:
+        total = np.float32(0)
+        for i in range(len(head)):
+            total += head[i] * head[i]
+        scale = np.float32(1) / np.sqrt(total / np.float32(len(head)) + eps)
+    for i in range(len(head)):
+        spare[i] = head[i] * scale * weight[i]
+    for i in range(half):
+        head[i] = spare[i] * cos[i] - spare[half + i] * sin[i]
+        head[half + i] = spare[half + i] * cos[half + i] + spare[i] * sin[half + i]
+
+
+@compiled(fastmath=True)
+def weigh(scores, begin, end, scale):
+    """Of scores their exponentials, in place; their sum is returned."""
+    most = np.float32(-np.inf)
+    for s in range(begin, end):
+        most = max(most, scores[s])
+    total = np.float32(0)
+    for s in range(begin, end):
+        weight = exp((scores[s] - most) * scale)
+        scores[s] = weight
+        total += weight
+    return total
+
+
+ONE = np.float32(1)
+
+
+@compiled(fastmath=True)
+def add(total, weight, values, first):
+    for d in range(len(total)):
+        total[d] += weight * get(values, first + d)
+
+
+@compiled(fastmath=True)
+def gate(wide, begin, end, width, out):
+    """silu(gate) * up, the two side by side in `wide`, each of `width`."""
+    for j in range(begin, end):
+        put(out, j, wide[j] / (np.float32(1) + exp(-wide[j])) * wide[width + j])
+
+
+@compiled()
+def attend(g, qkv, heads, groups, place, K, V, like, window, scale, eps, is_normal, norms, cos, sin, out, own, nothing):
+    """A row's key head g: its key and value into the cache, and into `out` what its query heads find there.
+
+    K, V: addresses of (tokens, D). norms: (2, D), of queries and keys. own: this thread's memory.
+    """
+    turned, scores, total = own
+    group, D = heads // groups, len(total)
+    end = place + 1
+    begin = max(0, end - window) if window > 0 else 0
+    keys, values = carray(pointer(K, like), (end * D,)), carray(pointer(V, like), (end * D,))
+    key = qkv[(heads + g) * D : (heads + g + 1) * D]
+    value = qkv[(heads + groups + g) * D : (heads + groups + g + 1) * D]
+    turn(key, norms[1], eps, is_normal, cos, sin, total)
+    for d in range(D):
+        put(keys, place * D + d, key[d])
+        put(values, place * D + d, value[d])
+    for h in range(group):
+        query = qkv[(g * group + h) * D : (g * group + h + 1) * D]
+        turn(query, norms[0], eps, is_normal, cos, sin, total)
+        for d in range(D):
+            put(turned, h * D + d, query[d])
+    none, longest = pointer(address(nothing, 0), nothing), scores.shape[1]
+    # Up to three keys more than are seen are multiplied: the row of the cache has room for whole fours.
+    for s in range(begin // COLUMNS * COLUMNS, end, COLUMNS):
+        for h in range(0, group, MOST_ROWS):
+            w, x = pointer(K + s * D * like.itemsize, like), pointer(address(turned, h * D), turned)
+            found = pointer(address(scores, h * longest + s), scores)
+            dots(group - h, w, x, D, D, none, none, 0, 0, found, 0, found, longest)
+    for h in range(group):
+        weights = weigh(scores[h], begin, end, scale)
+        total[:] = 0
+        for s in range(begin, end):
+            add(total, scores[h, s], values, s * D)
+        first = (g * group + h) * D
+        for d in range(D):
+            put(out, first + d, total[d] / weights)
+
+
+@compiled(nogil=True)
+def step(thread, threads, meeting, model, rows, voices, memory):
+    """One thread's part in a step; all `threads` call it. Of each row of `rows` the logits are then in memory.
+
+    model, rows, voices, memory: the tuples that `decoder.Decoder` makes.
+    """
+    like, sizes, eps, scale, weights, head, norms, biases, head_norms, windows = model
+    hidden, cos, sin, places, kv = rows
+    has_voices, As, Bs, ranks, scalings, nothing = voices
+    x, attended, gated, low, qkv, back, wide, logits, all_turned, all_scores, all_totals = memory
+    heads, groups, D, inter, is_normal = sizes
+    layers, count, H, queries, keys = len(weights), len(hidden), hidden.shape[1], heads * D, groups * D
+    own = all_turned[thread], all_scores[thread], all_totals[thread]
+    first_row, end_row = share(count, 1, thread, threads)
+    begin, end = share(H, 16, thread, threads)
+    first_inter, end_inter = share(inter, 16, thread, threads)
+    first_qkv, end_qkv = share(queries + 2 * keys, 16, thread, threads)
+    first_seen, end_seen = share(count * groups, 1, thread, threads)
+    for layer in range(layers):
+        qkv_W, o_W, gate_up_W, down_W = weights[layer]
+        for n in range(first_row, end_row):
+            normalise(hidden[n], norms[2 * layer], eps, x[n])
+            if has_voices:
+                for p in range(_Q, _V + 1):
+                    lower(As[n, layer, p], like, ranks[n, layer, p], H, x, n, scalings[n], low[n, p], nothing)
+        meet(meeting, threads)
+        first = 0
+        for p in range(_Q, _V + 1):
+            last = first + (queries if p == _Q else keys)
+            Bs_p, ranks_p = Bs[:, layer, p:], ranks[:, layer, p:]
+            outputs = max(first, first_qkv), min(last, end_qkv)
+            product(outputs[0], outputs[1], first, qkv_W, like, H, x, count, Bs_p, ranks_p, low[:, p], qkv)
+            first = last
+        for n in range(count):
+            add(qkv[n, first_qkv:end_qkv], ONE, biases[layer], first_qkv)
+        meet(meeting, threads)
+        for seen in range(first_seen, end_seen):
+            n, g = seen // groups, seen % groups
+            K, V, capacity = kv[layer, n]
+            skipped = g * capacity * D * like.itemsize
+            attend(
+                g,
+                qkv[n],
+                heads,
+                groups,
+                places[n],
+                K + skipped,
+                V + skipped,
+                like,
+                windows[layer],
+                scale,
+                eps,
+                is_normal,
+                head_norms[layer],
+                cos[n],
+                sin[n],
+                attended[n],
+                own,
+                nothing,
+            )
+        meet(meeting, threads)
+        if has_voices:
+            for n in range(first_row, end_row):
+                A, rank = As[n, layer, _O], ranks[n, layer, _O]
+                lower(A, like, rank, queries, attended, n, scalings[n], low[n, _O], nothing)
+            meet(meeting, threads)
+        Bs_p, ranks_p = Bs[:, layer, _O:], ranks[:, layer, _O:]
+        product(begin, end, 0, o_W, like, queries, attended, count, Bs_p, ranks_p, low[:, _O], back)
+        for n in range(count):
+            add(hidden[n, begin:end], ONE, back[n], begin)
+        meet(meeting, threads)
+        for n in range(first_row, end_row):
+            normalise(hidden[n], norms[2 * layer + 1], eps, x[n])
+            if has_voices:
+                for p in range(_GATE, _UP + 1):
+                    lower(As[n, layer, p], like, ranks[n, layer, p], H, x, n, scalings[n], low[n, p], nothing)
+        meet(meeting, threads)
+        for p in range(_GATE, _UP + 1):
+            first = (p - _GATE) * inter
+            Bs_p, ranks_p = Bs[:, layer, p:], ranks[:, layer, p:]
+            outputs = first + first_inter, first + end_inter
+            product(outputs[0], outputs[1], first, gate_up_W, like, H, x, count, Bs_p, ranks_p, low[:, p], wide)
+        for n in range(count):
+            gate(wide[n], first_inter, end_inter, inter, gated[n])
+        meet(meeting, threads)
+        if has_voices:
+            for n in range(first_row, end_row):
+                A, rank = As[n, layer, _DOWN], ranks[n, layer, _DOWN]
+                lower(A, like, rank, inter, gated, n, scalings[n], low[n, _DOWN], nothing)
+            meet(meeting, threads)
+        Bs_p, ranks_p = Bs[:, layer, _DOWN:], ranks[:, layer, _DOWN:]
+        product(begin, end, 0, down_W, like, inter, gated, count, Bs_p, ranks_p, low[:, _DOWN], back)
+        for n in range(count):
+            add(hidden[n, begin:end], ONE, back[n], begin)
+        meet(meeting, threads)
+    for n in range(first_row, end_row):
+        normalise(hidden[n], norms[2 * layers], eps, x[n])
+    meet(meeting, threads)
+    begin, end = share(logits.shape[1], 16, thread, threads)
+    product(begin, end, 0, head, like, H, x, count, nothing, nothing, low[:, 0], logits)
