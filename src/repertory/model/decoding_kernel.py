@@ -33,6 +33,7 @@ COLUMNS = 4  # outputs at a time; `_sums` is written for four
 RANK_MULTIPLE = 16  # of the adapters' ranks
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = range(len(PROJECTIONS))
+BLOCKS_AHEAD = 2  # the rows of W that are fetched from memory while others are multiplied
 SPINS = 20_000  # of a thread that waits for the others, before it lets another process have the core
 
 
@@ -115,6 +116,9 @@ class _Dots:
         def products(sums, at, mask=None):
             places = [b.add(b.mul(count, _number(c)), at) for c in range(COLUMNS)]
             ws = [self.loaded(w, place, self.has_half_weights, mask) for place in places]
+            if mask is None:
+                for place in places:
+                    self.prefetch(b.gep(w, [b.add(place, b.mul(count, _number(BLOCKS_AHEAD * COLUMNS)))]))
             if not self.has_half_inputs:
                 ws = [self.widened(one) for one in ws]
             found = []
@@ -127,28 +131,63 @@ class _Dots:
         zero = ir.Constant(_FLOATS, [0.0] * LANES)
         sums, at = self.loop(count, self.step, [zero] * self.rows * COLUMNS, products)
         sums = self.with_rest(sums, at, count, products)
-        for j in range(self.rows):
-            voice = b.mul(voice_stride, _number(j))
-            rank, address = b.load(b.gep(ranks, [voice])), b.load(b.gep(bs, [voice]))
-            size = 2 if self.has_half_weights else 4
-            begin = b.add(address, b.mul(b.mul(output, rank), _number(size)))
-            B = b.inttoptr(begin, w.type)
-            low_j = b.gep(low, [b.mul(low_stride, _number(j))])
+        voices = [b.mul(voice_stride, _number(j)) for j in range(self.rows)]
+        Bs = [b.load(b.gep(bs, [voice])) for voice in voices]
+        rank = [b.load(b.gep(ranks, [voice])) for voice in voices]
 
-            def corrections(sums, at, rank=rank, B=B, low_j=low_j):
-                lows = self.loaded(low_j, at, False, lanes=LANES)
+        def correct(sums, first, end):
+            """Rows from first to end, which have the voice of the first one."""
+            size = 2 if self.has_half_weights else 4
+            begin = b.add(Bs[first], b.mul(b.mul(output, rank[first]), _number(size)))
+            B = b.inttoptr(begin, w.type)
+
+            def corrections(sums, at):
+                places = [b.add(b.mul(rank[first], _number(c)), at) for c in range(COLUMNS)]
+                weights = [self.widened(self.loaded(B, place, self.has_half_weights, lanes=LANES)) for place in places]
                 found = []
-                for c, total in enumerate(sums):
-                    weights = self.loaded(B, b.add(b.mul(rank, _number(c)), at), self.has_half_weights, lanes=LANES)
-                    found.append(self.fma(self.widened(weights), lows, total))
+                for j in range(first, end):
+                    place = b.add(b.mul(low_stride, _number(j)), at)
+                    lows = self.loaded(low, place, False, lanes=LANES)
+                    row = sums[(j - first) * COLUMNS : (j - first + 1) * COLUMNS]
+                    found += [self.fma(weight, lows, total) for weight, total in zip(weights, row, strict=True)]
                 return found
 
-            row, _ = self.loop(rank, LANES, sums[j * COLUMNS : (j + 1) * COLUMNS], corrections)
+            return self.loop(rank[first], LANES, sums[first * COLUMNS : end * COLUMNS], corrections)[0]
+
+        one_voice = ir.Constant(ir.IntType(1), 1)
+        for other in Bs[1:]:
+            one_voice = b.and_(one_voice, b.icmp_signed("==", Bs[0], other))
+        sums = self.either(
+            one_voice,
+            lambda: correct(sums, 0, self.rows),
+            lambda: [total for j in range(self.rows) for total in correct(sums, j, j + 1)],
+        )
+        for j in range(self.rows):
             place = b.gep(out, [b.mul(out_stride, _number(j))])
-            b.store(self.total(row), b.bitcast(place, ir.PointerType(ir.VectorType(_FLOAT, COLUMNS))), align=4)
+            row = self.total(sums[j * COLUMNS : (j + 1) * COLUMNS])
+            b.store(row, b.bitcast(place, ir.PointerType(row.type)), align=4)
+
+    def either(self, condition, one, other):
+        """The vectors that `one` or `other` computes."""
+        b = self.builder
+        blocks = [b.append_basic_block(name) for name in ("one", "other", "joined")]
+        b.cbranch(condition, blocks[0], blocks[1])
+        found = []
+        for block, way in zip(blocks, (one, other), strict=False):
+            b.position_at_end(block)
+            found.append((way(), b.block))
+            b.branch(blocks[2])
+        b.position_at_end(blocks[2])
+        phis = []
+        for values in zip(*(values for values, _ in found), strict=True):
+            phi = b.phi(_FLOATS)
+            for value, (_, block) in zip(values, found, strict=True):
+                phi.add_incoming(value, block)
+            phis.append(phi)
+        return phis
 
     def loop(self, end, step, carried, body):
-        """`carried`, after `body` has been at 0, step, 2 step, ... while a step fits before `end`; and where it ended."""
+        """`carried`, after `body` was at 0, step, 2 step, ... while a step fits before `end`; and where that ended."""
         b = self.builder
         before = b.block
         head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
@@ -172,24 +211,14 @@ class _Dots:
     def with_rest(self, sums, at, count, products):
         """With what is left of rows that are no multiple of the step."""
         b = self.builder
-        whole = b.block
-        rest, joined = b.append_basic_block("rest"), b.append_basic_block("joined")
-        b.cbranch(b.icmp_signed("<", at, count), rest, joined)
-        b.position_at_end(rest)
-        lanes = ir.VectorType(_INT32, self.step)
-        left = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(b.sub(count, at), _INT32), _INT32(0))
-        left = b.shuffle_vector(left, left, ir.Constant(lanes, [0] * self.step))
-        mask = b.icmp_signed("<", ir.Constant(lanes, list(range(self.step))), left)
-        with_rest = products(sums, at, mask)
-        b.branch(joined)
-        b.position_at_end(joined)
-        found = []
-        for without, one in zip(sums, with_rest, strict=True):
-            phi = b.phi(_FLOATS)
-            phi.add_incoming(without, whole)
-            phi.add_incoming(one, rest)
-            found.append(phi)
-        return found
+
+        def rest():
+            lanes = ir.VectorType(_INT32, self.step)
+            left = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(b.sub(count, at), _INT32), _INT32(0))
+            left = b.shuffle_vector(left, left, ir.Constant(lanes, [0] * self.step))
+            return products(sums, at, b.icmp_signed("<", ir.Constant(lanes, list(range(self.step))), left))
+
+        return self.either(b.icmp_signed("<", at, count), rest, lambda: sums)
 
     def loaded(self, base, at, is_half, mask=None, lanes=None):
         b = self.builder
@@ -201,6 +230,11 @@ class _Dots:
         name = f"llvm.masked.load.v{self.step}{'i16' if is_half else 'f32'}.p0"
         load = self.function(name, kind, [place.type, _INT32, mask.type, kind])
         return b.call(load, [place, _INT32(size), mask, ir.Constant(kind, None)])
+
+    def prefetch(self, place):
+        b, byte = self.builder, ir.PointerType(ir.IntType(8))
+        function = self.function("llvm.prefetch.p0", ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+        b.call(function, [b.bitcast(place, byte), _INT32(0), _INT32(3), _INT32(1)])
 
     def widened(self, numbers):
         if not self.has_half_weights:
@@ -361,7 +395,7 @@ def meet(meeting, threads):
 
 @compiled(inline="always")
 def address(array, element):
-    """Of an element of an array whose rows are contiguous."""
+    """Of what lies so many elements after an array's first."""
     return np.int64(array.ctypes.data) + element * array.itemsize
 
 
@@ -432,15 +466,25 @@ def product(begin, end, first, W, like, width, x, count, Bs, ranks, low, out):
 
 
 @compiled()
-def lower(A, like, rank, width, x, n, scaling, low, nothing):
-    """low[:rank] = scaling * A x[n], with A the address of (rank, width)."""
-    none = pointer(address(nothing, 0), nothing)
-    for k in range(0, rank, COLUMNS):
-        w = pointer(A + k * width * like.itemsize, like)
-        x_n, low_k = pointer(address(x, n * width), x), pointer(address(low, k), low)
-        dots(1, w, x_n, width, width, none, none, 0, 0, low_k, 0, low_k, 0)
-    for k in range(rank):
-        low[k] *= scaling
+def lower(begin, end, As, ranks, scalings, like, x, low, nothing):
+    """low[n, :rank] = scaling * A x[n] for the rows n from begin to end, each of its own voice.
+
+    As and ranks: of each row's voice, where those of one layer stand.
+    """
+    width, low_stride, none = x.shape[1], low.strides[0] // 4, pointer(address(nothing, 0), nothing)
+    n = begin
+    while n < end:
+        A, rank, rows = As[n], ranks[n], 1
+        while rows < MOST_ROWS and n + rows < end and As[n + rows] == A:
+            rows += 1
+        for k in range(0, rank, COLUMNS):
+            w = pointer(A + k * width * like.itemsize, like)
+            x_n, low_k = pointer(address(x, n * width), x), pointer(address(low, n * low_stride + k), low)
+            dots(rows, w, x_n, width, width, none, none, 0, 0, low_k, 0, low_k, low_stride)
+        for row in range(n, n + rows):
+            for k in range(rank):
+                low[row, k] *= scalings[row]
+        n += rows
 
 
 @compiled(fastmath=True)
@@ -551,9 +595,9 @@ def step(thread, threads, meeting, model, rows, voices, memory):
         qkv_W, o_W, gate_up_W, down_W = weights[layer]
         for n in range(first_row, end_row):
             normalise(hidden[n], norms[2 * layer], eps, x[n])
-            if has_voices:
-                for p in range(_Q, _V + 1):
-                    lower(As[n, layer, p], like, ranks[n, layer, p], H, x, n, scalings[n], low[n, p], nothing)
+        if has_voices:
+            for p in range(_Q, _V + 1):
+                lower(first_row, end_row, As[:, layer, p], ranks[:, layer, p], scalings, like, x, low[:, p], nothing)
         meet(meeting, threads)
         first = 0
         for p in range(_Q, _V + 1):
@@ -591,9 +635,8 @@ def step(thread, threads, meeting, model, rows, voices, memory):
             )
         meet(meeting, threads)
         if has_voices:
-            for n in range(first_row, end_row):
-                A, rank = As[n, layer, _O], ranks[n, layer, _O]
-                lower(A, like, rank, queries, attended, n, scalings[n], low[n, _O], nothing)
+            As_p, ranks_p = As[:, layer, _O], ranks[:, layer, _O]
+            lower(first_row, end_row, As_p, ranks_p, scalings, like, attended, low[:, _O], nothing)
             meet(meeting, threads)
         Bs_p, ranks_p = Bs[:, layer, _O:], ranks[:, layer, _O:]
         product(begin, end, 0, o_W, like, queries, attended, count, Bs_p, ranks_p, low[:, _O], back)
@@ -602,9 +645,9 @@ def step(thread, threads, meeting, model, rows, voices, memory):
         meet(meeting, threads)
         for n in range(first_row, end_row):
             normalise(hidden[n], norms[2 * layer + 1], eps, x[n])
-            if has_voices:
-                for p in range(_GATE, _UP + 1):
-                    lower(As[n, layer, p], like, ranks[n, layer, p], H, x, n, scalings[n], low[n, p], nothing)
+        if has_voices:
+            for p in range(_GATE, _UP + 1):
+                lower(first_row, end_row, As[:, layer, p], ranks[:, layer, p], scalings, like, x, low[:, p], nothing)
         meet(meeting, threads)
         for p in range(_GATE, _UP + 1):
             first = (p - _GATE) * inter
@@ -615,9 +658,8 @@ def step(thread, threads, meeting, model, rows, voices, memory):
             gate(wide[n], first_inter, end_inter, inter, gated[n])
         meet(meeting, threads)
         if has_voices:
-            for n in range(first_row, end_row):
-                A, rank = As[n, layer, _DOWN], ranks[n, layer, _DOWN]
-                lower(A, like, rank, inter, gated, n, scalings[n], low[n, _DOWN], nothing)
+            As_p, ranks_p = As[:, layer, _DOWN], ranks[:, layer, _DOWN]
+            lower(first_row, end_row, As_p, ranks_p, scalings, like, gated, low[:, _DOWN], nothing)
             meet(meeting, threads)
         Bs_p, ranks_p = Bs[:, layer, _DOWN:], ranks[:, layer, _DOWN:]
         product(begin, end, 0, down_W, like, inter, gated, count, Bs_p, ranks_p, low[:, _DOWN], back)

@@ -175,7 +175,7 @@ class Engine:
         for sequence in self.scheduler.prefilling:
             self._provide(sequence)
         step = self.scheduler.next_step()
-        decoding = sorted(step.decoding, key=self.cache.place)
+        decoding = sorted(step.decoding, key=self._order)
         completed = [chunk.sequence for chunk in step.chunks if chunk.completes_prompt]
         ready = decoding + completed
         logits_NV = self._forward(decoding, step.chunks)
@@ -192,6 +192,10 @@ class Engine:
         for sequence, token, score in zip(ready, tokens, scores, strict=True):
             sequence.append(token, score)
         self._release_finished()
+
+    def _order(self, sequence: Sequence) -> tuple[int, ...]:
+        """Of those that decode: as the general pass reads the cache, or for the decoder one voice's rows together."""
+        return self.cache.place(sequence) if self.base.decoder is None else (id(sequence.adapter),)
 
     def _provide(self, sequence: Sequence) -> None:
         """A row in the cache, and in it what is known already of the prompt, also from a step ago of another's."""
