@@ -507,8 +507,8 @@ def turn(head, weight, eps, is_normal, cos, sin, spare):
 @compiled(fastmath=True)
 def weigh(scores, begin, end, scale):
     """Of scores their exponentials, in place; their sum is returned."""
-    most = np.float32(-np.inf)
-    for s in range(begin, end):
+    most = scores[begin]
+    for s in range(begin + 1, end):
         most = max(most, scores[s])
     total = np.float32(0)
     for s in range(begin, end):
