@@ -77,6 +77,7 @@ ROUTES: dict[str, Route] = {
     "POST /api/v1/generate": Route(Scope.INFER, query={"org_id": "{org_id}"}, json={"message": "Hi"}),
     "POST /api/v1/models/load": Route(Scope.INFER, query={"org_id": "{org_id}"}),
     "POST /api/v1/models/unload": Route(Scope.INFER, json={"org_id": "{org_id}"}),
+    "POST /api/v1/models/promote": Route(Scope.TRAIN, json={"org_id": "{org_id}", "model_id": "{training_id}"}),
     "GET /api/v1/models/{org_id}/info": Route(Scope.READ),
     "GET /api/v1/models/{org_id}/list": Route(Scope.READ),
     "GET /api/v1/health": Route(None, names_nothing=True),

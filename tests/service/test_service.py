@@ -310,6 +310,37 @@ def test_a_promotion_in_the_middle_of_a_reply_changes_the_next_one_alone(service
     assert not any(newer in line for line in rest)
 
 
+def test_an_earlier_version_can_be_promoted_again(service: RunningService) -> None:
+    older, newer = service.trained("back"), service.trained("back")
+    for version in (older, newer, older):
+        answer = service.client.post(f"/models/promote?org_id=back&model_id={version}")
+        assert answer.json()["model_info"]["model_id"] == version
+        reply = service.client.post("/generate?org_id=back", json={"message": "Hi"}).json()
+        assert (reply["response"], reply["model_info"]["model_id"]) == (f"Hello from {version}", version)
+        assert service.client.get("/models/back/info").json()["model_id"] == version
+    listed = service.client.get("/models/back/list").json()["models"]
+    assert [one["model_id"] for one in listed if one["promoted"]] == [older]
+
+
+def test_only_whole_versions_of_ones_own_can_be_promoted(service: RunningService) -> None:
+    good, damaged, others = service.trained("owner"), service.trained("owner"), service.trained("other")
+    service.client.post(f"/models/promote?org_id=owner&model_id={good}")
+    info = service.client.get("/models/owner/list").json()["models"]
+    assert {one["model_id"] for one in info} == {good, damaged}
+    (service.folder / "models/finetuned/owner" / damaged / "MANIFEST.json").unlink()
+    for model_id, refusal in (
+        (others, (404, "model_not_found")),
+        ("train_nowhere", (404, "model_not_found")),
+        (damaged, (503, "adapter_damaged")),
+        ("latest", (422, "invalid_input")),
+        ("base", (422, "invalid_input")),
+        (None, (422, "invalid_input")),
+    ):
+        answer = service.client.post("/models/promote", json={"org_id": "owner", "model_id": model_id})
+        assert (answer.status_code, answer.json()["error"]["code"]) == refusal
+    assert service.client.get("/models/owner/info").json()["model_id"] == good
+
+
 def test_a_voice_whose_files_are_damaged_can_still_be_unloaded(service: RunningService) -> None:
     training_id = service.trained("damaged")
     loaded = service.client.post("/models/load?org_id=damaged").json()

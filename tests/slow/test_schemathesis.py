@@ -25,6 +25,7 @@ WITH_RULES_OF_THEIR_OWN = (
     "POST /api/v1/generate",
     "POST /api/v1/models/load",
     "POST /api/v1/models/unload",
+    "POST /api/v1/models/promote",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /api/v1/admin/keys",

@@ -35,6 +35,7 @@ from repertory.model.rmsnorm import RMSNorm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # the self-test at load compares each with its general pass
 
+MOST_TABLES = 64  # twice a batch; those of unusual ranks hold copies of the weights, which must not add up
 _CACHE_LINE = 8  # int64
 
 
@@ -124,6 +125,8 @@ class Decoder:
     def _table(self, voice: Adapter) -> _Table:
         table = self._tables.get(voice)
         if table is None:
+            if len(self._tables) >= MOST_TABLES:
+                self._tables.clear()
             table = self._tables[voice] = _Table.of(voice, self.blocks)
         return table
 

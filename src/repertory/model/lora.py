@@ -189,11 +189,19 @@ class Serving:
             corrected[:rows].addmm_(low_rank, B)
         begin = rows
         for voice, count in self.chunks:
+            span = slice(begin, begin + count)
             if voice is not None:
-                A, B = _Stack.alone(voice, siblings)
-                corrected[begin : begin + count].addmm_(F.linear(tokens[begin : begin + count], A), B)
-            begin += count
+                _correct(corrected[span], tokens[span], siblings, voice)
+            begin = span.stop
         return y
+
+
+def _correct(y: Tensor, x: Tensor, siblings: Siblings, voice: Adapter) -> None:
+    """The tokens of one voice, in place. With so many a token's share of starting a product for each layer is small."""
+    for layer, columns in zip(siblings.layers, siblings.slices, strict=True):
+        if layer.name in voice.A:
+            low_rank = F.linear(x, voice.A[layer.name])
+            y[:, columns].addmm_(low_rank, voice.B[layer.name].t(), alpha=voice.config.scaling)
 
 
 class AdapterStacks:
@@ -253,12 +261,6 @@ class _Stack:
         some = like.parameters[0]
         self._A = some.new_zeros(seats, len(siblings.layers), rank, siblings.layers[0].shape[0])
         self._B = some.new_zeros(seats, len(siblings.layers), rank, sum(siblings.widths))
-
-    @staticmethod
-    def alone(voice: Adapter, siblings: Siblings) -> tuple[Tensor, Tensor]:
-        stack = _Stack(siblings, 1, voice.config.rank, voice)
-        stack._put(0, voice)
-        return stack._A.flatten(0, 2), stack._B.flatten(0, 2)
 
     def of(self, voices: Sequence[Adapter]) -> tuple[Tensor, Tensor] | None:
         for seat, voice in enumerate(voices):

@@ -144,6 +144,17 @@ class Models:
         for version in versions:
             manifest.amend(version.folder, dict.fromkeys(QUOTING, _without_samples_in))
 
+    def promote(self, org_id: str, training_id: str) -> Version:
+        """Have this version answer as `latest`. Raises NotFound, or Unavailable if its folder is damaged."""
+        version = self.find(org_id, training_id)
+        wanted = _of_organisation(org_id).where(model_versions.c.training_id == version.training_id)
+        with self._store.write() as connection:
+            if connection.execute(wanted).one_or_none() is None:  # its organisation is being deleted
+                raise _not_found(training_id)
+            owner = organisations.c.org_id == org_id
+            connection.execute(update(organisations).where(owner).values(promoted=version.training_id))
+        return version
+
     def promoted(self, org_id: str) -> Version | None:
         """The version to compare a new one with, if there is one that works."""
         try:

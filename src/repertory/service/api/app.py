@@ -38,6 +38,7 @@ BODIES: dict[str, type[BaseModel]] = {
     f"{PREFIX}/generate": Generate,
     f"{PREFIX}/models/load": WhichModel,
     f"{PREFIX}/models/unload": WhichModel,
+    f"{PREFIX}/models/promote": WhichModel,
     f"{OPENAI_PREFIX}/chat/completions": ChatCompletion,
     f"{OPENAI_PREFIX}/completions": TextCompletion,
 }

@@ -19,6 +19,7 @@ from repertory.service.api.deps import (
     Caller,
     MayInfer,
     MayRead,
+    MayTrain,
     ModelIdQuery,
     OrgIdPath,
     OrgIdQuery,
@@ -51,6 +52,7 @@ from repertory.service.api.schemas import (
     ModelInfo,
     ModelList,
     ModelLoaded,
+    ModelPromoted,
     ModelUnloaded,
     WhichModel,
 )
@@ -125,6 +127,30 @@ async def unload(
                 unloaded += 1
     message = "The model is no longer in memory." if unloaded else "The model was not in memory."
     return ModelUnloaded(message=message, org_id=org)
+
+
+@router.post("/models/promote")
+def promote(
+    service: ServiceDep,
+    caller: MayTrain,
+    body: Annotated[WhichModel, Depends(optional_body_of(WhichModel))],
+    org_id: OrgIdQuery = None,
+    model_id: ModelIdQuery = None,
+) -> ModelPromoted:
+    """Have an organisation speak with this version from the next request on, such as the one before the last."""
+    org = organisation(service, caller, _one_of("org_id", org_id, body.org_id))
+    wanted = _one_of("model_id", model_id, body.model_id)
+    if wanted is None or wanted in (LATEST, BASE):
+        raise InvalidInput(
+            "Only a version can be promoted.",
+            cure="Give the training id of a completed job as model_id; GET /api/v1/models/{org_id}/list has them.",
+            param="model_id",
+        )
+    version = service.models.promote(org, wanted)
+    service.hosts.refresh()
+    is_loaded = version.training_id in service.hosts.loaded_adapters()
+    about = model_info(version, version.metadata, is_loaded=is_loaded)
+    return ModelPromoted(message="The organisation speaks with this model.", model_info=about)
 
 
 @router.get("/models/{org_id}/info")

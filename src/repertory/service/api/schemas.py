@@ -232,13 +232,18 @@ class Generated(BaseModel):
 
 
 class WhichModel(Request):
-    """The body of load and unload; the query may say the same."""
+    """The body of load, unload and promote; the query may say the same."""
 
     org_id: OrgId | None = None
     model_id: str | None = None
 
 
 class ModelLoaded(BaseModel):
+    message: str
+    model_info: ModelInfo
+
+
+class ModelPromoted(BaseModel):
     message: str
     model_info: ModelInfo
 
