@@ -20,6 +20,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
 from tests import exports
@@ -66,11 +67,10 @@ ARRAYS = {
 }
 LINES = {"discord_csv": 1, "generic_csv": 1, "whatsapp": 1, "irc": 0, "openai_jsonl": 0}
 FOLDERS = ("slack", "messenger", "discord_package")  # of many files by their nature
+PARQUET = "parquet"
 PREPARED = "prepared"
-DIALOGUES = ("chatgpt", "claude", "sharegpt", "alpaca", "native", "openai_jsonl")
-
-
-ROWS = [*ARRAYS, *LINES, *FOLDERS, PREPARED]
+DIALOGUES = ("chatgpt", "claude", "sharegpt", "alpaca", "native", "openai_jsonl", PARQUET)
+ROWS = [*ARRAYS, *LINES, *FOLDERS, PARQUET, PREPARED]
 
 
 def main() -> None:
@@ -137,6 +137,12 @@ def _grown(name: str, times: int, folder: Path) -> Path:
         channels = [str(number + 1) for number in range(times)]
         return write([entry for channel in channels for entry in _history(channel, dialogue=False)], folder)
     path = write(list(_history("1", dialogue=name in DIALOGUES)), folder)
+    if name == PARQUET:
+        rows = parquet.read_table(path)
+        with parquet.ParquetWriter(path, rows.schema) as grown_file:
+            for _ in range(times):
+                grown_file.write_table(rows)
+        return path
     file = max((p for p in [path, *path.rglob("*")] if p.is_file()), key=lambda p: p.stat().st_size)
     text = file.read_text()
     if name in LINES:

@@ -51,9 +51,9 @@ class RepertoryError(Exception):
         retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _readable(message)
         self.code = code or type(self).code
-        self.cure = cure or type(self).cure
+        self.cure = _readable(cure or type(self).cure)
         self.param = param  # a JSON path into the request: conversations[12].messages[3].role
         self.retry_after_seconds = retry_after_seconds
 
@@ -197,3 +197,8 @@ class DataUnusable(JobFailed):
 
     code = "data_unusable"
     cure = "Send conversations whose assistant turns fit into max_seq_length."
+
+
+def _readable(text: str) -> str:
+    """Names from outside, of files and columns say, may hold halves of surrogate pairs, which no JSON carries."""
+    return text.encode("utf-8", "replace").decode()

@@ -38,13 +38,13 @@ def test_chatgpt_walks_the_branch_that_was_seen(tmp_path: Path) -> None:
     }
     without = {"id": "w", "mapping": {n["id"]: n for n in nodes[:4]}, "create_time": 2.0}
     entries, report = read(write_json(tmp_path / "conversations.json", [tree, loop, without]))
-    assert [(e.author, e.text) for e in entries if e.channel == "c"] == [
+    assert [(e.author, e.text) for e in entries if e.line == 1] == [
         ("user", "question"),
         ("user", "see"),
         ("assistant", "answer."),
     ]
-    assert [e.text for e in entries if e.channel == "l"] == ["y", "x"]
-    assert [e.text for e in entries if e.channel == "w"] == ["question", "regenerated away"]
+    assert [e.text for e in entries if e.line == 2] == ["y", "x"]
+    assert [e.text for e in entries if e.line == 3] == ["question", "regenerated away"]
     assert report.findings.counts == {"provider_voice": 1}
 
 
@@ -135,6 +135,14 @@ def test_openai_lines_weights_tools_parts_and_broken_lines(tmp_path: Path) -> No
         ("message_malformed", 5),
         ("file_broken", None),
     ]
+
+
+def test_conversations_of_one_number_or_id_in_two_files_are_two(tmp_path: Path) -> None:
+    row = {"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    for name in ("train", "valid"):
+        write_json(tmp_path / f"export/{name}.json", [row, row])
+    entries, report = read(tmp_path / "export")
+    assert (len(entries), len(report.channels), report.format) == (8, 4, "sharegpt")
 
 
 def test_hugging_face_parquet(tmp_path: Path) -> None:

@@ -57,12 +57,17 @@ def test_discord_authors_are_ids_and_bots_are_marked(tmp_path: Path) -> None:
 
 def test_discord_times_markup_media_and_threads(tmp_path: Path) -> None:
     media = {"attachments": [{"fileName": "a.png"}], "stickers": [{"name": "s"}], "content": ""}
-    reacted = {"content": "<@123> **raw** <:kek:1> `x`", "reactions": [{"emoji": {"name": "👍"}, "count": 3}]}
+    reacted = {
+        "content": "<@123> <@!8> **raw** <:kek:1><a:d_1:22> <#9> `x`",
+        "mentions": [{"id": "8", "name": "bob", "nickname": "Bobby"}],
+        "reactions": [{"emoji": {"name": "👍"}, "count": 3}],
+    }
     edited = {"timestampEdited": "2024-05-01T10:00:05+00:00"}
     entries, _ = _discord(tmp_path, media, reacted, edited, type="GuildPublicThread")
     assert entries[0].time == pytest.approx(datetime(2024, 5, 1, 10, 0, 0, 123000, UTC).timestamp())
     assert entries[0].attachments == ("a.png", "sticker")
-    assert (entries[1].text, entries[1].reactions) == ("<@123> **raw** <:kek:1> `x`", (("👍", 3),))
+    assert entries[1].text == "<@123> @Bobby **raw** :kek::d_1: <#9> `x`"
+    assert (entries[1].mentions, entries[1].reactions) == (("8",), (("👍", 3),))
     assert entries[2].edited == datetime(2024, 5, 1, 10, 0, 5, tzinfo=UTC).timestamp()
     assert {entry.thread for entry in entries} == {"9"}
 
@@ -113,3 +118,11 @@ def test_a_discord_package_has_one_voice_and_says_so(kind: str, tmp_path: Path) 
     assert entry.attachments == ("a.png", "b.png")
     assert report.findings.counts == {"own_messages_only": 1}
     assert report.timezone_assumed is None
+
+
+def test_a_discord_package_with_a_strange_user_still_has_its_words(tmp_path: Path) -> None:
+    write_json(tmp_path / "p/account/user.json", {"id": "42", "global_name": None, "username": {"a": 1}})
+    record = {"ID": 1, "Timestamp": "2024-05-01 12:00:00", "Contents": "hi", "Attachments": ""}
+    write_json(tmp_path / "p/messages/c9/messages.json", [record])
+    (entry,), _ = read(tmp_path / "p")
+    assert (entry.author, entry.text) == ("42", "hi")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import stat
+import struct
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for packed in (_zip(tmp_path, {f"{n}.json": b"[]" for n in range(5)}), _folder(tmp_path, 5)):
         with pytest.raises(InvalidInput, match="files"), open_export(packed):
             pass
+
+
+def test_a_table_of_contents_of_millions_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Files without a byte and without a name: 46 bytes each in the archive, and ten times as much in memory."""
+    path, size = tmp_path / "many.zip", 100 << 20
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.seek(4 + size)  # a hole, which takes no room on the disk
+        file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFE, 0xFFFE, size, 4, 0))
+    with pytest.raises(InvalidInput, match="table of contents has 100 MiB") as refused, open_export(path):
+        pass
+    assert refused.value.code == "archive_refused"
 
 
 def test_more_than_the_total_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,34 @@ def test_utf_16_is_read(tmp_path: Path) -> None:
         assert [entry.text for entry in history] == ["שלום"]
 
 
+def test_half_surrogates_in_ids_and_names_of_columns_are_mended(tmp_path: Path) -> None:
+    message = {"id": "1\ud800", "type": "Reply", "timestamp": "2024-05-01T12:00:00Z", "content": "hi"}
+    message["author"] = {"id": "7", "name": "ana", "isBot": False}  # type: ignore[assignment]
+    message["reference"] = {"messageId": "0\udfff"}  # type: ignore[assignment]
+    message["mentions"] = [{"id": "8\udfff", "name": "bob"}]  # type: ignore[assignment]
+    path = exports.write_json(tmp_path / "c.json", {"channel": {"id": "9"}, "messages": [message]})
+    with open_history(path) as history:
+        (entry,) = history
+    assert (entry.id, entry.reply_to, entry.mentions) == ("1\ufffd", "0\ufffd", ("8\ufffd",))
+    (tmp_path / "a.csv").write_bytes(b"caf\xe9,text\nana,hi\n")
+    with pytest.raises(InvalidInput) as refused, open_history(tmp_path / "a.csv", "csv") as history:
+        list(history)
+    refused.value.info.model_dump_json()
+
+
+def test_half_a_surrogate_pair_in_utf_16_costs_itself_alone(tmp_path: Path) -> None:
+    rows = "author,text\nana,a\ud83db\nana,end\n".encode("utf-16", "surrogatepass")
+    (tmp_path / "a.csv").write_bytes(rows)
+    with open_history(tmp_path / "a.csv") as history:
+        assert [entry.text for entry in history] == ["a\ufffdb", "end"]
+    assert history.report.findings.counts == {"text_repaired": 1}
+    message = '{"id": 1, "type": "message", "from_id": "user1", "date_unixtime": "5", "text": "a\ud83db"}'
+    document = f'{{"messages": [{message}, {message}]}}'
+    (tmp_path / "b.json").write_bytes(document.encode("utf-16", "surrogatepass"))
+    with open_history(tmp_path / "b.json") as history:
+        assert [entry.text for entry in history] == ["a\ufffdb"] * 2
+
+
 def test_times_without_a_zone_are_read_in_the_zone_that_is_named(tmp_path: Path) -> None:
     from zoneinfo import ZoneInfo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_irc_of_other_clients(name: str, line: str, expected: str, tmp_path: Pat
     assert [(entry.author, entry.text) for entry in entries] == [("ana", "hi")] * 2
     assert datetime.fromtimestamp(entries[0].time or 0, UTC).isoformat() == expected
     assert report.findings.counts["time_missing"] == (line.startswith("12:00"))
+
+
+def test_irc_nicks_that_were_changed_a_hundred_thousand_times_are_one_person(tmp_path: Path) -> None:
+    """In either direction: each name becomes the next, or each becomes the name that the last one had."""
+    for step in (1, -1):
+        lines = [f"[12:00] *** n{at} is now known as n{at + step}\n" for at in range(100_000)[::step]]
+        lines = lines[::step]
+        (tmp_path / "x.log").write_text("[12:00] <n0> hi\n" + "".join(lines) + "[12:00] <n99999> hi\n")
+        begun = time.process_time()
+        entries, _ = read(tmp_path / "x.log")
+        assert len({entry.author_id for entry in entries if entry.kind == "said"}) == 1
+        assert time.process_time() - begun < 20
 
 
 def test_irc_passes_midnight_where_nothing_says_so(tmp_path: Path) -> None:

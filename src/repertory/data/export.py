@@ -27,6 +27,7 @@ MAX_FILES = 500_000  # a large Slack workspace has one per channel and day
 MAX_EXPANDED_BYTES = 64 << 30  # 64 GiB
 MAX_RATIO = 200  # expanded to packed bytes; JSON of chats packs 10 to 40 times
 RATIO_FREE_BYTES = 1 << 20  # 1 MiB: below this a ratio says nothing
+MAX_CONTENTS_BYTES = 64 << 20  # 64 MiB: of the table of contents; MAX_FILES with long names have about as much
 MAX_LINE_CHARACTERS = 1 << 20
 HEAD_BYTES = 64 << 10
 CHUNK_BYTES = 256 << 10
@@ -78,11 +79,16 @@ class ExportFile:
                 yield line
 
     def text(self, stream: IO[bytes], newline: str = "\n") -> io.TextIOWrapper:
-        return io.TextIOWrapper(stream, encoding=self.encoding, errors="surrogateescape", newline=newline)
+        return io.TextIOWrapper(stream, encoding=self.encoding, errors=self.errors, newline=newline)
 
     @property
     def encoding(self) -> str:
         return "utf-16" if self.head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+    @property
+    def errors(self) -> str:
+        """What is no text becomes half a surrogate pair; in UTF-16 it is one."""
+        return "surrogatepass" if self.encoding == "utf-16" else "surrogateescape"
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,20 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
+class _Archive(io.BufferedReader):
+    """A file of which zipfile reads the table of contents, all at once, only where it is no longer than it may be: a
+    gigabyte of it would be a hundred million objects."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._path = path
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_CONTENTS_BYTES:
+            raise _refused(self._path, f"its table of contents has {size >> 20:,} MiB", "Split it.")
+        return super().read(size)
+
+
 @contextmanager
 def open_export(path: Path) -> Iterator[Export]:
     """The export at `path`. Raises InvalidInput if there is none, or if it is an archive that must not be opened."""
@@ -146,14 +166,15 @@ def open_export(path: Path) -> Iterator[Export]:
             f"{path} is not there, or is neither a file nor a folder", code="export_missing", cure="Check the path."
         )
     elif _is_zip(path):
-        try:
-            archive = zipfile.ZipFile(path)
-        except BROKEN_ARCHIVE as broken:
-            yield _cut_archive(path, broken)
-            return
-        with archive:
-            _refuse_hostile(path, archive)
-            yield Export(path.name, _archive_files(archive))
+        with _Archive(path) as file:
+            try:
+                archive = zipfile.ZipFile(file)
+            except BROKEN_ARCHIVE as broken:
+                yield _cut_archive(path, broken)
+                return
+            with archive:
+                _refuse_hostile(path, archive)
+                yield Export(path.name, _archive_files(archive))
     else:
         yield Export(path.name, [ExportFile(path.name, path.stat().st_size, lambda: path.open("rb"))])
 

@@ -89,9 +89,12 @@ class History:
         report = self.report
         for entry in self._entries:
             report.entries += 1
-            said = entry.text + entry.author + entry.author_id + entry.channel
-            if not said.isascii() or "\0" in said:
-                self._mend(entry, said)
+            said = "".join(
+                (entry.text, entry.author, entry.author_id, entry.channel, entry.id, entry.thread or "",
+                 entry.reply_to or "", *entry.mentions, *entry.attachments, *(emoji for emoji, _ in entry.reactions))
+            )  # fmt: skip
+            if (not said.isascii() or "\0" in said) and _storable(said) != said:
+                self._mend(entry)
             if entry.time is not None and not 0 <= entry.time < LAST_SECOND:  # NaN is not either
                 entry.time = None
                 report.findings.add("time_missing", entry.file, entry.line)
@@ -120,12 +123,16 @@ class History:
             if author.last is None or entry.time > author.last:
                 author.last = entry.time
 
-    def _mend(self, entry: Entry, said: str) -> None:
+    def _mend(self, entry: Entry) -> None:
         """Half surrogates (bytes that were no UTF-8 are read as such) and NUL can be neither stored nor tokenized."""
-        if _storable(said) == said:
-            return
         entry.text, entry.author = _storable(entry.text), _storable(entry.author)
-        entry.author_id, entry.channel = _storable(entry.author_id), _storable(entry.channel)
+        entry.author_id, entry.channel, entry.id = map(_storable, (entry.author_id, entry.channel, entry.id))
+        entry.thread = None if entry.thread is None else _storable(entry.thread)
+        entry.reply_to = None if entry.reply_to is None else _storable(entry.reply_to)
+        entry.mentions, entry.attachments = (
+            tuple(map(_storable, said)) for said in (entry.mentions, entry.attachments)
+        )
+        entry.reactions = tuple((_storable(emoji), count) for emoji, count in entry.reactions)
         self.report.findings.add("text_repaired", entry.file, entry.line)
 
 

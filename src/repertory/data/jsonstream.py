@@ -45,7 +45,8 @@ def walk(
     of text (and whether it is the last) to the text that is parsed. Raises BrokenJson.
     """
     with file.open() as stream:
-        source = _Source(stream, file.encoding, repair() if repair else None)
+        decoder = codecs.getincrementaldecoder(file.encoding)(file.errors)
+        source = _Source(stream, decoder, repair() if repair else None)
         yield from _value(source, "", through)
         if source.peek():
             raise source.broken("more follows after the end of the document")
@@ -88,14 +89,16 @@ def _value(source: _Source, path: str, through: frozenset[str]) -> Iterator[tupl
 class _Source:
     """The part of the document that is in memory, and the place in it that parsing has come to."""
 
-    def __init__(self, stream: IO[bytes], encoding: str, repair: Callable[[str, bool], str] | None) -> None:
+    def __init__(
+        self, stream: IO[bytes], decoder: codecs.IncrementalDecoder, repair: Callable[[str, bool], str] | None
+    ) -> None:
         self.at = 0
         self._text = ""
         self._lines = 0  # line feeds before self._text
         self._ended = False
         self._trouble = "the file ends too early"
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+        self._decoder = decoder
         self._repair = repair
 
     def peek(self) -> str:

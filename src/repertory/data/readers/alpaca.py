@@ -31,15 +31,14 @@ def read(reading: Reading) -> Iterator[Entry]:
         yield from conversations(reading, file, records(reading, file), _conversation)
 
 
-def _conversation(record: dict[str, Any], number: int) -> Iterator[Entry]:
-    channel = str(number)
+def _conversation(record: dict[str, Any]) -> Iterator[Entry]:
     if record.get("system"):
-        yield turn(channel, 0, "system", string(record["system"]))
+        yield turn(0, "system", string(record["system"]))
     place = 0
     for question, answer in record.get("history") or ():
-        yield turn(channel, place + 1, "user", string(question))
-        yield turn(channel, place + 2, "assistant", string(answer))
+        yield turn(place + 1, "user", string(question))
+        yield turn(place + 2, "assistant", string(answer))
         place += 2
     instruction, given = string(record["instruction"]), string(record.get("input"))
-    yield turn(channel, place + 1, "user", f"{instruction}\n{given}" if given else instruction)
-    yield turn(channel, place + 2, "assistant", string(record["output"]))
+    yield turn(place + 1, "user", f"{instruction}\n{given}" if given else instruction)
+    yield turn(place + 2, "assistant", string(record["output"]))

@@ -39,8 +39,7 @@ def read(reading: Reading) -> Iterator[Entry]:
         yield from conversations(reading, file, records(reading, file), _conversation)
 
 
-def _conversation(conversation: dict[str, Any], number: int) -> Iterator[Entry]:
-    channel = str(conversation.get("conversation_id") or conversation.get("id") or number)
+def _conversation(conversation: dict[str, Any]) -> Iterator[Entry]:
     time: float | None = conversation.get("create_time")
     for place, message in enumerate(_branch(conversation)):
         time = message.get("create_time") or time
@@ -55,7 +54,7 @@ def _conversation(conversation: dict[str, Any], number: int) -> Iterator[Entry]:
             continue
         text = _CITATION.sub("", parts_text(content.get("parts") or []))
         parts = content.get("parts") or []
-        entry = turn(channel, place, message["author"]["role"], text, float(time) if time is not None else None)
+        entry = turn(place, message["author"]["role"], text, float(time) if time is not None else None)
         entry.id = str(message.get("id") or place)
         entry.attachments = tuple("image" for part in parts if isinstance(part, dict))
         yield entry

@@ -27,12 +27,11 @@ def read(reading: Reading) -> Iterator[Entry]:
         yield from conversations(reading, file, records(reading, file), partial(_conversation, reading, file))
 
 
-def _conversation(reading: Reading, file: ExportFile, conversation: dict[str, Any], number: int) -> Iterator[Entry]:
-    channel = string(conversation.get("uuid")) or str(number)
+def _conversation(reading: Reading, file: ExportFile, conversation: dict[str, Any]) -> Iterator[Entry]:
     time = conversation.get("created_at")
     for place, message in enumerate(_branch(conversation["chat_messages"])):
         time = message.get("created_at") or time
-        entry = turn(channel, place, message["sender"], _text(message), seconds(reading, file, time))
+        entry = turn(place, message["sender"], _text(message), seconds(reading, file, time))
         entry.id = string(message.get("uuid")) or str(place)
         attached = [*(message.get("attachments") or ()), *(message.get("files") or ())]
         entry.attachments = tuple(string(item.get("file_name")) or "file" for item in attached)

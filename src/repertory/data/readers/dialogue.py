@@ -1,6 +1,7 @@
 """Conversations between a user and an assistant, as entries: what the readers of such files share.
 
-Roles are the authors: "user" and "assistant", with "prompt" entries for system prompts. Each conversation is a channel.
+Roles are the authors: "user" and "assistant", with "prompt" entries for system prompts. Each conversation is a channel,
+named by its place: the ids that files give them are not always different ones, least of all in two files.
 """
 
 from __future__ import annotations
@@ -25,10 +26,8 @@ ROLES = {
 }  # fmt: skip
 
 
-def turn(
-    channel: str, number: int, role: object, text: str, time: float | None = None, *, is_trained: bool = True
-) -> Entry:
-    """One turn. Raises ValueError for a role that is none."""
+def turn(number: int, role: object, text: str, time: float | None = None, *, is_trained: bool = True) -> Entry:
+    """One turn, whose channel `conversations` names. Raises ValueError for a role that is none."""
     known = ROLES.get(str(role).casefold())
     if known is None:
         raise ValueError(f"the role {str(role)[:40]!r} is not known")
@@ -38,7 +37,7 @@ def turn(
     elif known == "tool":
         kind = "service"
     return Entry(
-        channel=channel,
+        channel="",
         id=str(number),
         author_id=known,
         author=known,
@@ -73,17 +72,19 @@ def conversations(
     reading: Reading,
     file: ExportFile,
     records: Iterable[tuple[int, Any]],
-    turns: Callable[[Any, int], Iterator[Entry]],
+    turns: Callable[[Any], Iterator[Entry]],
 ) -> Iterator[Entry]:
     """The turns of every record. A record with anything that the format does not write is left out and reported."""
     for number, record in records:
         try:
-            entries = list(turns(record, number))
+            entries = list(turns(record))
         except MALFORMED as error:
             reading.malformed(file, number, error)
             continue
         for entry in entries:
-            entry.file, entry.line = file.name, number
+            if not entry.is_trained:
+                reading.report.findings.add("turns_not_trained", file.name, number)
+            entry.channel, entry.file, entry.line = f"{file.name}:{number}", file.name, number
             yield entry
 
 

@@ -2,11 +2,13 @@
 
 https://github.com/Tyrrrz/DiscordChatExporter, JsonMessageWriter. Kinds other than words carry invented English
 content ("Pinned a message."), so they are told by their type. Names are those at the time of the export; the id is who
-someone is.
+someone is. Where the exporter was told to leave markdown as it is, mentions and emoji are `<@123>` and `<:kek:1>`;
+here they become what people saw.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
@@ -24,6 +26,7 @@ SERVICE = {
     "RecipientAdd", "RecipientRemove", "Call", "ChannelNameChange", "ChannelIconChange", "ChannelPinnedMessage",
     "GuildMemberJoin", "ThreadCreated", "ThreadStarterMessage",
 }  # fmt: skip
+_MARKUP = re.compile(r"<@!?(\d+)>|<a?(:\w+:)\d+>")
 _SHAPE = ("messages.item.author.isBot", "messages.item.content")
 
 
@@ -65,26 +68,39 @@ def _entry(reading: Reading, file: ExportFile, channel: dict[str, str], record: 
     text = string(record["content"])
     if is_forwarded and not text and forwarded:
         text = string(forwarded.get("content"))
+    names = {identifier(user["id"]): _name(user) for user in record.get("mentions") or ()}
     is_reply = not is_forwarded and reference.get("channelId") in (None, channel.get("id"))
     edited = record.get("timestampEdited")
     return Entry(
         channel=channel.get("id", file.name),
         id=identifier(record["id"]),
         author_id=identifier(author["id"]),
-        author=string(author.get("nickname")) or string(author["name"]),
-        text=text,
+        author=_name(author),
+        text=_seen(text, names) if "<" in text else text,
         time=_seconds(reading, file, record["timestamp"]),
         kind=kind,
         thread=channel["id"] if "Thread" in channel.get("type", "") else None,
-        reply_to=reference.get("messageId") if is_reply else None,
+        reply_to=identifier(reference["messageId"]) if is_reply and reference.get("messageId") else None,
         edited=_seconds(reading, file, edited) if edited else None,
         is_bot=bool(author.get("isBot")),
         is_forwarded=is_forwarded,
         attachments=tuple(string(a.get("fileName")) for a in record.get("attachments") or ())
         + tuple("sticker" for _ in record.get("stickers") or ()),
         reactions=tuple((string(r["emoji"].get("name")), int(r["count"])) for r in record.get("reactions") or ()),
-        mentions=tuple(identifier(user["id"]) for user in record.get("mentions") or ()),
+        mentions=tuple(names),
     )
+
+
+def _name(user: dict[str, Any]) -> str:
+    return string(user.get("nickname")) or string(user["name"])
+
+
+def _seen(text: str, names: dict[str, str]) -> str:
+    def resolve(found: re.Match[str]) -> str:
+        user, emoji = found.groups()
+        return emoji or (f"@{names[user]}" if user in names else found[0])
+
+    return _MARKUP.sub(resolve, text)
 
 
 def _seconds(reading: Reading, file: ExportFile, time: str) -> float:

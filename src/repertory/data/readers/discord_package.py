@@ -31,7 +31,7 @@ def read(reading: Reading) -> Iterator[Entry]:
     user = reading.whole(export.find("user.json"))
     user = user if isinstance(user, dict) else {}
     me = str(user.get("id") or "me")
-    name = string(user.get("global_name")) or string(user.get("username")) or me
+    name = next((name for key in ("global_name", "username") if isinstance(name := user.get(key), str) and name), me)
     reading.report.findings.add_once("own_messages_only", export.name)
     by_name = {file.name: file for file in export.files}
     for file in _channels(export):

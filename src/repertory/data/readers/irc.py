@@ -81,8 +81,11 @@ def _identities(reading: Reading, files: list[ExportFile]) -> dict[str, str]:
     first: dict[str, str] = {}
 
     def root(nick: str) -> str:
+        passed = []
         while (other := first.setdefault(nick, nick)) != nick:
+            passed.append(nick)
             nick = other
+        first.update(dict.fromkeys(passed, nick))  # a chain of a million names is walked once
         return nick
 
     for file in files:

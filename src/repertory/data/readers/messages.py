@@ -38,15 +38,13 @@ def read(reading: Reading) -> Iterator[Entry]:
         yield from conversations(reading, file, records(reading, file), partial(conversation, reading, file))
 
 
-def conversation(reading: Reading, file: ExportFile, record: dict[str, Any], number: int) -> Iterator[Entry]:
+def conversation(reading: Reading, file: ExportFile, record: dict[str, Any]) -> Iterator[Entry]:
     """The turns of one row. A row of the native request is one too, with a platform and a timestamp."""
     time = seconds(reading, file, record.get("timestamp"))
     for place, message in enumerate(_messages(record)):
         is_trained = message.get("weight") != 0
-        if not is_trained:
-            reading.report.findings.add("turns_not_trained", file.name, number)
         role = "tool" if message.get("tool_calls") and not message.get("content") else message["role"]
-        yield turn(str(number), place, role, parts_text(message.get("content")), time, is_trained=is_trained)
+        yield turn(place, role, parts_text(message.get("content")), time, is_trained=is_trained)
 
 
 def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -31,9 +31,8 @@ def read(reading: Reading) -> Iterator[Entry]:
         yield from conversations(reading, file, records(reading, file), _conversation)
 
 
-def _conversation(record: dict[str, Any], number: int) -> Iterator[Entry]:
-    channel = str(record.get("id") or number)
+def _conversation(record: dict[str, Any]) -> Iterator[Entry]:
     if record.get("system"):
-        yield turn(channel, 0, "system", string(record["system"]))
+        yield turn(0, "system", string(record["system"]))
     for place, message in enumerate(record["conversations"], 1):
-        yield turn(channel, place, message["from"], string(message["value"]))
+        yield turn(place, message["from"], string(message["value"]))
