@@ -31,6 +31,8 @@ from repertory import doctor
 from repertory.contracts import BUNDLED_MODEL
 from repertory.doctor import Driver, Finding
 from repertory.model.bundled import GGUF_FILE
+from repertory.service.accounts import Accounts
+from repertory.service.keys import Scope
 from repertory.service.store import Store
 from repertory.settings import Settings
 from running_service import RunningService
@@ -247,6 +249,16 @@ def test_dotenv_tells_what_has_no_effect(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("host", "state"), [("127.0.0.1", "green"), ("::1", "green"), ("0.0.0.0", "yellow")])
 def test_an_open_service_is_for_this_machine_alone(host: str, state: str) -> None:
     assert doctor.exposure(Settings(host=host)).state == state
+
+
+def test_a_service_with_keys_is_for_whoever_has_one(database_url: str) -> None:
+    settings = Settings(host="0.0.0.0", database_url=database_url)
+    assert "without an API key" in doctor.exposure(settings).message
+    accounts = Accounts(settings)
+    assert doctor.exposure(settings).state == "yellow"
+    accounts.keys.create(name="bot", org_id=None, scopes=[Scope.ADMIN], expires_in=None)
+    accounts.close()
+    assert (doctor.exposure(settings).state, doctor.exposure(settings).cure) == ("green", None)
 
 
 @pytest.mark.parametrize("host", ["a..b", "203.0.113.7"])

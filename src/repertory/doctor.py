@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
@@ -35,8 +36,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from sqlalchemy import select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from repertory.catalogue import Catalogue
 from repertory.contracts import BUNDLED_MODEL
@@ -295,14 +297,41 @@ def wrong_settings(refused: ValidationError) -> Iterator[Finding]:
 
 
 def exposure(settings: Settings) -> Finding:
+    if _has_keys(settings.database_url):
+        return Finding("access", "green", f"bound to {settings.host}; every call but /api/v1/health wants an API key")
     if settings.host in ("localhost", "127.0.0.1", "::1"):
         return Finding("access", "green", f"bound to {settings.host}, so only this machine can call it; no API key")
     return Finding(
         "access",
         "yellow",
         f"bound to {settings.host} without an API key: whoever reaches the port may use it and read everything",
-        "Keep the port on a private network, or set HOST=127.0.0.1.",
+        "Make one: repertory keys create NAME --every-org --scope admin; or keep the port on a private network, or set"
+        " HOST=127.0.0.1.",
     )
+
+
+def _has_keys(database_url: str) -> bool:
+    """Also no where no database can be asked; that has a line of its own."""
+    path = sqlite_file(database_url)
+    if path is None:
+        return _has_keys_on_server(database_url)
+    if not _is_there(path):
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)) as connection:
+            return connection.execute("SELECT 1 FROM api_keys LIMIT 1").fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _has_keys_on_server(database_url: str) -> bool:
+    from repertory.service.store import Store, api_keys  # it takes a moment to import
+
+    try:
+        with closing(Store(database_url)) as store, store.read() as connection:
+            return connection.execute(select(api_keys.c.id).limit(1)).first() is not None
+    except (InvalidInput, SQLAlchemyError):
+        return False
 
 
 def port(settings: Settings) -> Finding:
