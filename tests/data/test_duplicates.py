@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from random import Random
 
@@ -46,6 +47,16 @@ def test_nearly_the_same_long_reply_is_learned_once() -> None:
     )
     assert [one is not None for one in kept] == [True, False, True]
     assert reasons == {"near_duplicate": 1}
+
+
+def test_a_reply_of_any_length_is_compared_in_little_memory() -> None:
+    long = "".join(f"word {number} " for number in range(60_000))
+    tracemalloc.start()
+    kept, reasons = unrepeated([conversation("a", long), conversation("b", f"{long} end")])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(kept), reasons) == (2, {"near_duplicate": 1})
+    assert peak < 40e6  # 600,000 shingles at once would be 300 MB of numbers, some times over
 
 
 def test_short_replies_are_style_and_only_capped() -> None:

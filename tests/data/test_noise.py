@@ -38,14 +38,35 @@ def test_noise(text: str, reason: str | None) -> None:
     assert noise(say("ana", text), is_persona=True) == reason
 
 
-def test_no_text_takes_a_pattern_for_ever() -> None:
-    """Texts on which careless patterns take exponential or quadratic time; a second is a thousand times enough."""
+PARTS = (
+    "https://a",
+    "<",
+    "a.",
+    "@",
+    "1 ",
+    "```",
+    ":",
+    "> ",
+    "-----BEGIN ",
+    "a@",
+    "+49 1",
+    "eyJaaaaaaaa-",
+    "://a:",
+    "pin ",
+)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_text_takes_a_pattern_for_ever(part: str) -> None:
+    """Texts on which careless patterns take exponential or quadratic time: 4,000 characters of a chat, and 300,000 of a
+    conversation with an assistant, which may have as many. A second is a hundred times enough where time is linear."""
     begun = time.process_time()
-    repeated = ("https://a", "<", "a.", "@", "1 ", "```", ":", "> ", "-----BEGIN ", "a@", "+49 1")
-    for text in (f"{part * (4000 // len(part))} x" for part in repeated):
-        noise(say("ana", text), is_persona=True)
-        Surrogates().replace(text)
-        style_card([text], 1, 1)
+    chat = f"{part * (4000 // len(part))} x"
+    noise(say("ana", chat), is_persona=True)
+    style_card([chat], 1, 1)
+    long = f"{part * (300_000 // len(part))}@ x"
+    Surrogates().replace(long)
+    noise(say("ana", long), is_persona=True)
     assert time.process_time() - begun < 5
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PERMUTATIONS = 64
 LONG_CHARACTERS = 40  # shorter texts have too few shingles to tell alike from same
 SHINGLE_CHARACTERS = 5
+BATCH_SHINGLES = 4096  # hashed at once; each takes 64 numbers of 8 bytes, some times over
 ALIKE = 0.85  # estimated Jaccard similarity of the shingles
 MIN_REPEATS = 5
 REPEATS_SHARE = 0.005  # of all the persona's turns
@@ -114,7 +115,9 @@ def _bands(text: str) -> Iterator[str]:
     """Parts of a MinHash; texts that share any of them are estimated to be ALIKE."""
     sketch = _empty().copy()
     last = len(text) - SHINGLE_CHARACTERS + 1
-    sketch.update_batch([text[at : at + SHINGLE_CHARACTERS].encode() for at in range(last)])
+    for begin in range(0, last, BATCH_SHINGLES):
+        batch = range(begin, min(begin + BATCH_SHINGLES, last))
+        sketch.update_batch([text[at : at + SHINGLE_CHARACTERS].encode() for at in batch])
     count, rows = _banding()
     for band in range(count):
         yield sketch.hashvalues[band * rows : (band + 1) * rows].tobytes().hex()

@@ -13,22 +13,45 @@ from collections.abc import Callable
 
 import phonenumbers
 
+# Texts come from outside and are of any length, so no pattern looks at the same letters again from each of them: its
+# parts have an end, or begin where nothing of their kind stands before.
 _SECRETS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
     r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}\b|\bglpat-[\w-]{20,}"
     r"|\bsk-[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b|\bhf_[A-Za-z0-9]{30,}\b"
-    r"|\bxox[abposr]-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}"
-    r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"  # JSON web tokens
+    r"|\bxox[abeposr]-[A-Za-z0-9-]{10,}|\bxapp-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}"
+    r"|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{16,}|\bSG\.[\w-]{16,64}\.[\w-]{16,}|\bdop_v1_[a-f0-9]{64}\b"
+    r"|\brep_[A-Za-z0-9]{8}_[A-Za-z0-9]{32}_[A-Za-z0-9]{6}\b"  # our own
+    r"|(?<![\w-])eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]*"  # JSON web tokens
     r"|\b[MNO][A-Za-z\d_-]{23,27}\.[\w-]{6}\.[\w-]{27,}"  # Discord bots
-    r"|\b\d{8,10}:AA[\w-]{33}\b",  # Telegram bots
+    r"|\b\d{8,10}:AA[\w-]{33}\b"  # Telegram bots
+    r"|\bhttps://hooks\.slack\.com/\S+|\bhttps://(?:\w{1,9}\.)?discord(?:app)?\.com/api/webhooks/\S+",
     re.DOTALL,
 )
 _NAMED_SECRET = re.compile(
-    r"(?i)(\b(?:password|passwort|passwd|pwd|api[_ -]?key|secret|token|pin)\b\s*(?:is|ist|:|=)\s*[\"']?)([^\s\"']{4,})"
+    r"(?i)((?<![^\W_])(?:password|passwort|passwd|pwd|passphrase|kennwort|contraseña|senha|mot de passe"
+    r"|(?:api|access|secret)[_ -]?key|client[_ -]?secret|secret|token|pin)\b[\"']?\s*(?:is|ist|:|=)\s*[\"']?)"
+    r"([^\s\"']{4,})"
 )
-_EMAIL = re.compile(r"\b[\w.+%-]+@(?:[\w-]+\.)+[A-Za-z]{2,}\b")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+_BEARER = re.compile(r"(\b(?i:bearer|basic) )(?=\S{0,40}\d)([\w+/.~-]{16,}=*)")
+_LOGIN = re.compile(r"(://[^\s/:@]{1,64}:)([^\s/@]{1,128})(?=@)")  # https://name:password@host
+_EMAIL = re.compile(r"\b[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}(?:xn--[\w-]{2,59}|[^\W\d_]{2,24})\b")
+# Characters of each country's: https://www.swift.com/standards/data-standards/iban-international-bank-account-number
+_IBAN_LENGTHS = {
+    15: "NO", 16: "BE", 18: "DK FI FK FO GL NL SD", 19: "MK SI", 20: "AT BA EE KZ LT LU MN XK",
+    21: "CH HR LI LV", 22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ OM SO TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG", 25: "LY PT ST", 26: "IS TR", 27: "BI DJ FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HU LB NI PL SV", 29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
+}  # fmt: skip
+_IBAN = re.compile(
+    r"(?ai)\b(?:"
+    + "|".join(
+        rf"(?:{countries.replace(' ', '|')})\d\d(?:[ -]?[A-Z0-9]){{{length - 4}}}"
+        for length, countries in _IBAN_LENGTHS.items()
+    )
+    + r")\b"
+)
 _CARD = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]\d)")
 _MACHINE = re.compile(
     r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"
@@ -37,8 +60,13 @@ _MACHINE = re.compile(
 _MAC = re.compile(r"(?:[0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}")
 _DIGITS = re.compile(r"(?:\d[ ()./-]{0,2}){7}")
 _NATIONAL_PHONE = re.compile(
-    r"(?<![\w.:/-])(?<!\d )(?:\(0?\d{2,4}\)|0\d{1,4})[ ./-]?\d{3,4}(?:[ ./-]?\d{2,4}){1,3}(?![\w.:/-]*\d)"
+    r"(?<![\w.:/-])(?<!\d )(?:"
+    r"(?:\(0?\d{2,4}\)|0\d{1,4})[ ./-]?\d{3,4}(?:[ ./-]?\d{2,4}){1,3}"
+    r"|0\d(?:[ .-]?\d\d){4}"  # in pairs, as in France
+    r"|(?:1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # as in North America
+    r")(?![\w.:/-]{0,40}\d)"
 )
+_MENTION = re.compile(r"(?<!\w)@\u2068?(\d{8,15})\u2069?(?!\w)")  # as WhatsApp writes somebody's name
 _NUMBER = re.compile(r"\d")
 
 
@@ -51,12 +79,14 @@ class Surrogates:
 
     def replace(self, text: str) -> str:
         text = _SECRETS.sub(self._with("SECRET"), text)
-        text = _NAMED_SECRET.sub(lambda found: found[1] + self._surrogate("SECRET", found[2]), text)
+        for named in (_NAMED_SECRET, _BEARER, _LOGIN):
+            text = named.sub(lambda found: found[1] + self._surrogate("SECRET", found[2]), text)
         if "@" in text:
             text = _EMAIL.sub(self._with("EMAIL", str.casefold), text)
+            text = _MENTION.sub(self._mentioned, text)
         if not _NUMBER.search(text) and "::" not in text and ":" not in text:
             return text
-        text = _IBAN.sub(self._with("IBAN", _compact, is_iban), text)
+        text = _IBAN.sub(self._with("IBAN", lambda found: _compact(found).upper(), is_iban), text)
         text = _CARD.sub(self._with("CARD", _compact, is_card), text)
         text = _MACHINE.sub(self._with("ADDRESS", str.casefold, _is_machine), text)
         return self._phones(text) if _DIGITS.search(text) else text
@@ -68,6 +98,11 @@ class Surrogates:
             parts += [text[end : found.start], self._surrogate("PHONE", _digits(found.raw_string))]
             end = found.end
         return _NATIONAL_PHONE.sub(self._with("PHONE", _digits), "".join(parts) + text[end:])
+
+    def _mentioned(self, found: re.Match[str]) -> str:
+        number = f"+{found[1]}"
+        is_one = any(phonenumbers.PhoneNumberMatcher(number, None, phonenumbers.Leniency.VALID))
+        return "@" + self._surrogate("PHONE", found[1]) if is_one else found[0]
 
     def _with(
         self, kind: str, normal: Callable[[str], str] = str, is_one: Callable[[str], bool] = bool
