@@ -27,6 +27,7 @@ from rich.table import Table
 from repertory.contracts import Download
 from repertory.errors import Conflict, InvalidInput, NotFound, RepertoryError, StorageFailed, Unavailable
 from repertory.settings import Settings, settings
+from repertory.terminal import printable
 
 if TYPE_CHECKING:  # loaded by the commands that need it: the others start faster
     from repertory.service.accounts import Accounts
@@ -149,7 +150,7 @@ def import_history(
             importer.authors(path, format, reading, console)
             return
         with importer.prepared(path, format, reading, asked.preparing(org), console) as (prepared, read):
-            importer.show(prepared.report, console)
+            importer.show(prepared.report, read, console)
             machine = machine_settings()
             renderer = importer.base_renderer(machine)
             tokens = importer.measured(prepared, renderer, machine) if renderer else None
@@ -497,8 +498,8 @@ def machine_settings() -> Settings:
 def complain(error: RepertoryError) -> None:
     """What, why, cure, on stderr."""
     console = Console(stderr=True, highlight=False)
-    console.print(f"{error.code}: {error.message}", markup=False, soft_wrap=True)
-    console.print(f"Cure: {error.cure}", markup=False, soft_wrap=True)
+    console.print(f"{error.code}: {printable(error.message)}", markup=False, soft_wrap=True)
+    console.print(f"Cure: {printable(error.cure)}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

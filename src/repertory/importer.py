@@ -30,10 +30,11 @@ from repertory.data.readers.reading import ReadOptions
 from repertory.data.render import Renderer
 from repertory.errors import ErrorInfo, RepertoryError, Unavailable
 from repertory.settings import Settings
+from repertory.terminal import printable
 
 MAX_BODY_BYTES = 64 << 20  # as the service has it
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and ends of lines
 SHOWN_AUTHORS = 20
+LOUDEST_AUTHORS = 5  # those in the report of a dataset that is prepared
 SHOWN_FINDINGS = 20
 DEFAULT_MAX_SEQ_LENGTH = 2048
 
@@ -113,7 +114,7 @@ def measured(prepared: Prepared, renderer: Renderer, settings: Settings) -> Toke
     return token_report(prepared.conversations, prepared.system_prompt, renderer, limit)
 
 
-def show(report: PreparationReport, console: Console) -> None:
+def show(report: PreparationReport, read: ImportReport, console: Console) -> None:
     """The report as tables."""
     console.print(f"{_shown(report.persona)}'s voice from {report.format}", highlight=False)
     stages = Table("stage", "of", "before", "after", "left out", box=None)
@@ -129,6 +130,7 @@ def show(report: PreparationReport, console: Console) -> None:
         "conversations": f"{report.conversations:,} with {report.trained_turns:,} turns to learn",
         "session pause": f"{pause} ({report.gap_found_by})",
         "persona's share": f"{report.persona_share:.0%} of the messages",
+        "authors": _loudest(read),
         "personal data": ", ".join(f"{kind} {count:,}" for kind, count in report.surrogates.items()) or "none found",
         "held out and trained": f"{report.leakage.same_exchange} of {report.leakage.held_out_turns:,} turns",
         "length": f"{style.median_characters:g} characters (median), {style.messages_per_turn:g} messages a turn",
@@ -136,12 +138,19 @@ def show(report: PreparationReport, console: Console) -> None:
         "ends with": ", ".join(f"{end} {share:.0%}" for end, share in style.ends_with.items()),
         "emoji": f"in {style.emoji:.0%} of the messages: {' '.join(one for one, _ in style.top_emoji)}",
         "languages": ", ".join(f"{name} {share:.0%}" for name, share in style.languages.items()),
+        "words": ", ".join(word for word, _ in style.top_words),
         "phrases": ", ".join(phrase for phrase, _ in style.top_phrases),
     }
     for name, value in rows.items():
         card.add_row(name, _shown(value))
     console.print(card)
     _show_findings(report.findings, console)
+
+
+def _loudest(read: ImportReport) -> str:
+    ranked = sorted(read.authors.values(), key=lambda author: -author.messages)
+    named = ", ".join(f"{author.name} {author.messages:,}" for author in ranked[:LOUDEST_AUTHORS])
+    return f"{named} and {len(ranked) - LOUDEST_AUTHORS:,} more" if len(ranked) > LOUDEST_AUTHORS else named
 
 
 def show_tokens(tokens: TokenReport, base_model: str, console: Console) -> None:
@@ -168,18 +177,13 @@ def preview(prepared: Prepared, renderer: Renderer | None, settings: Settings, c
         for part, is_learned in said:
             # Without colours, as in a pipe, marks say the same.
             marked = f"⟦{part}⟧" if is_learned and console.color_system is None else part
-            text.append(_without_controls(marked), style="bold green" if is_learned else "dim")
+            text.append(printable(marked), style="bold green" if is_learned else "dim")
         console.print(text, soft_wrap=True)
 
 
 def _shown(text: str) -> str:
     """As rich takes it, without markup of whoever chose the text."""
-    return escape(_without_controls(text))
-
-
-def _without_controls(text: str) -> str:
-    """Names and words come from outside: an escape sequence in one could repaint the terminal, or worse."""
-    return CONTROLS.sub("\ufffd", text)
+    return escape(printable(text))
 
 
 @contextmanager

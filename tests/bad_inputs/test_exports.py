@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from refusals import error_of
-from repertory import importer
+from repertory import cli, importer
 from repertory.data.export import open_export
 from repertory.data.readers import open_history
 from repertory.data.readers.reading import ReadOptions
@@ -54,6 +55,14 @@ def test_row_063_names_in_a_terminal_carry_no_escapes(tmp_path: Path) -> None:
     importer.authors(path, "csv", ReadOptions(columns={"author": "author", "text": "content"}), console)
     assert "Ana" in shown.getvalue()
     assert not [escape for escape in ("\x1b]", "\x1b[31m", "\x07", "\x9b") if escape in shown.getvalue()]
+
+
+def test_row_063_names_in_an_error_on_a_terminal_carry_no_escapes(tmp_path: Path) -> None:
+    path = written(tmp_path, "author,text\n\x1b]0;owned\x07\x1b[31mAna\x9b1m,ahoy\n", "chat.csv")
+    refused = CliRunner().invoke(cli.app, ["import", str(path), "--persona", "Ann"])
+    assert refused.exit_code == 5
+    assert "Ana" in refused.stderr
+    assert not [escape for escape in ("\x1b", "\x07", "\x9b") if escape in refused.stderr]
 
 
 def test_row_066_conversations_without_messages_are_left_out_of_an_import(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_what_it_writes_can_be_sent_to_the_service(imported: Import, export: Pat
     assert "-d @ana.json" in shown.stdout
     assert "EMAIL 40" in shown.stdout
     assert "30 min (given)" in shown.stdout
+    assert re.search(r"authors +bob 40, ana 40", shown.stdout)
+    assert re.search(r"words +.*answer", shown.stdout)
     assert not list(tmp_path.glob("*.partial"))
 
 
