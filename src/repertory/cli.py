@@ -149,7 +149,7 @@ def import_history(
         if not persona and not importer.is_dialogue(path, format):
             importer.authors(path, format, reading, console)
             return
-        with importer.prepared(path, format, reading, asked.preparing(org), console) as (prepared, read):
+        with importer.prepared(path, format, reading, asked.preparing(), console) as (prepared, read):
             importer.show(prepared.report, read, console)
             machine = machine_settings()
             renderer = importer.base_renderer(machine)

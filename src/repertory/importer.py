@@ -23,7 +23,7 @@ from repertory.data.findings import MAX_FINDINGS, Findings
 from repertory.data.history import History, ImportReport
 from repertory.data.imports import TokenReport
 from repertory.data.preparation.pipeline import PreparationReport, Prepared, PrepareOptions, prepare
-from repertory.data.preparation.scratch import Scratch
+from repertory.data.preparation.scratch import Scratch, line_of
 from repertory.data.preparation.tokens import spans, token_report
 from repertory.data.readers import DIALOGUES, detect, open_history
 from repertory.data.readers.reading import ReadOptions
@@ -85,7 +85,9 @@ def write(prepared: Prepared, org_id: str, output: Path | None) -> Path:
     partial = output.with_name(output.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head, ensure_ascii=False).removesuffix("}") + ', "conversations": [')
-        for number, line in enumerate(prepared.conversations.lines()):
+        told = zip(prepared.conversations, prepared.conversations.authors(), strict=True)
+        for number, (conversation, authors) in enumerate(told):
+            line = line_of(conversation.model_copy(update={"authors": authors}))
             file.write(f"{',' if number else ''}\n{line}")
         file.write("\n]}\n")
     partial.rename(output)
@@ -229,6 +231,10 @@ def forget(url: str, org_id: str, author: str, key: str) -> list[str]:
             for name, count in said["trainings"].items()
         ),
         *(f"{name} could never be read: delete it if the words may be in it" for name in said["unread"]),
+        *(
+            f"{name} was sent conversations that do not say whose words are in them: look into those yourself"
+            for name in said["unrecorded"]
+        ),
     ]
 
 

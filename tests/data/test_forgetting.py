@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_interrupted_it_is_done_again(cut_after: str, tmp_path: Path, monkeypatc
     assert not (folder / FORGET).exists()
     files = [path for path in folder.rglob("*") if path.is_file() and "made" not in path.parts]
     assert not [path for path in files if b"walrus" in path.read_bytes()]
+
+
+def test_what_a_reader_lacks_is_told_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exports.parquet([Entry("1", "1", "user", "user", "hi")], tmp_path)
+    (tmp_path / "export").mkdir()
+    path.rename(tmp_path / "export" / path.name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    end = worker.run(tmp_path, ImportOrder(org_id="a", options=ImportOptions()), lambda event: None)
+    assert end.error is not None
+    assert (end.status, end.error.code) == ("failed", "package_missing")
+    assert "pip install" in end.error.cure
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

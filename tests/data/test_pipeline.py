@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
 
 from histories import T0, dialogue, run, say, shown
 from repertory.data.history import Entry
+from repertory.data.preparation.noise import MAX_CHARACTERS
+from repertory.data.preparation.pipeline import MAX_STYLED
+from repertory.data.preparation.scratch import Scratch
 from repertory.data.preparation.style import style_card
 from repertory.errors import InvalidInput
 
@@ -20,6 +24,38 @@ def test_style_card() -> None:
     assert card.top_emoji == [("😂", 1)]
     assert ("don't know", 1) in card.top_phrases
     assert card.languages == {"en": 0.5, "Cyrillic": 0.5}
+
+
+def test_the_style_of_an_assistant_s_long_words_is_told_in_little_memory() -> None:
+    turns = []
+    for number in range(300):
+        text = " ".join(f"w{number * at % 9973}" for at in range(10_000))
+        turns += [Entry(f"{number}", "1", "user", "user", "go on"), Entry(f"{number}", "2", *["assistant"] * 2, text)]
+    with Scratch() as scratch:
+        scratch.keep(turns)
+        tracemalloc.start()
+        sample = scratch.texts_of("assistant", MAX_STYLED, MAX_CHARACTERS)
+        card = style_card(sample, 300, 300)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (card.messages, card.median_characters) == (300, MAX_CHARACTERS)
+    assert peak < 20e6  # the texts have 17 MB, their words and phrases some 60 times as much
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("das ist nicht gut, 5 µm und ℓ", "de"),
+        ("the 𝓯𝓪𝓷𝓬𝔂 one", "en"),
+        ("you say привет", "en"),
+        ("say привет мир", "Cyrillic"),
+        ("すごい", "Hiragana"),
+        ("한글 ok", "Hangul"),
+        ("😂", None),
+    ],
+)
+def test_the_language_of_a_message(text: str, language: str | None) -> None:
+    assert list(style_card([text], 1, 1).languages) == ([language] if language else [])
 
 
 def test_the_report_warns_of_what_will_not_do() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from histories import run, say, shown
+from histories import dialogue, run, say, shown
+from repertory.data.history import Entry
 from repertory.data.preparation.privacy import Surrogates, is_card, is_iban
 
 
@@ -71,3 +72,15 @@ def test_surrogates_are_in_the_conversations_and_in_the_report() -> None:
     made = run(entries)
     assert shown(made.conversations[0])[-1] == "*<EMAIL_1>"
     assert made.report.surrogates == {"EMAIL": 1}
+    assert "too" not in str(made.report.style)
+
+
+def test_surrogates_are_in_system_prompts_too() -> None:
+    said = [
+        Entry("1", "0", "system", "system", "The user is a@b.co.", kind="prompt"),
+        Entry("1", "1", "user", "user", "who am I?"),
+        Entry("1", "2", "assistant", "assistant", "a@b.co"),
+    ]
+    made = dialogue(said)
+    assert shown(made.conversations[0]) == ["#The user is <EMAIL_1>.", "who am I?", "*<EMAIL_1>"]
+    assert made.report.surrogates == {"EMAIL": 2}

@@ -64,7 +64,7 @@ def test_what_it_writes_can_be_sent_to_the_service(imported: Import, export: Pat
     body = StartTraining.model_validate_json((tmp_path / "ana.json").read_text())
     assert body.org_id == "org_1"
     assert body.system_prompt == "You are ana, chatting."
-    assert len(body.conversations or []) == 40
+    assert [one.authors for one in body.conversations or []] == [["ana", "bob"]] * 40
     assert "-d @ana.json" in shown.stdout
     assert "EMAIL 40" in shown.stdout
     assert "30 min (given)" in shown.stdout

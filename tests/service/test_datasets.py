@@ -238,15 +238,16 @@ def test_a_job_trains_on_a_dataset_and_outlives_it(service: RunningService, expo
     def words_of(author: str, org_id: str = "trainer") -> Any:
         return service.client.get("/datasets/consent", params={"org_id": org_id, "author": author}).json()
 
-    assert words_of("bob") == {"datasets": {dataset_id: 40}, "trainings": {started: 40}}
-    assert words_of("carol") == words_of("bob", "stranger") == {"datasets": {}, "trainings": {}}
+    nothing = {"datasets": {}, "trainings": {}, "unrecorded": []}
+    assert words_of("bob") == nothing | {"datasets": {dataset_id: 40}, "trainings": {started: 40}}
+    assert words_of("carol") == words_of("bob", "stranger") == nothing
     assert service.client.delete(f"/datasets/{dataset_id}").status_code == 200
     metadata = service.until(started, "completed")["metadata"]
     assert (metadata["dataset_id"], metadata["conversations"], metadata["recorded_authors"]) == (dataset_id, 40, 2)
     assert metadata["train_conversations"] == 40  # that many lines the run has read
     again = service.client.post("/training/start", json=body, headers=replayed)
     assert again.json()["training_id"] == started
-    assert words_of("bob") == {"datasets": {}, "trainings": {started: 40}}  # the voice has learned from them
+    assert words_of("bob") == nothing | {"trainings": {started: 40}}  # the voice has learned from them
 
 
 def test_what_a_job_cannot_be_trained_on(service: RunningService, unnamed: str) -> None:
@@ -469,6 +470,13 @@ def test_an_author_s_words_are_deleted_everywhere_and_the_voice_is_marked(
     other = imported(service, export, "org", persona="ana")["dataset_id"]
     bystander = service.trained("org")
     voice = service.trained("org", conversations=None, dataset_id=dataset_id)
+    sent = [
+        {"messages": [{"role": "user", "content": "a walrus"}, {"role": "assistant", "content": "yes"}]},
+        {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "no"}]},
+    ]
+    told_of = [one | {"authors": ["ana", who]} for one, who in zip(sent, ("carla", "bob"), strict=True)]
+    inline = service.trained("org", conversations=told_of)
+    assert service.status(inline)["metadata"]["recorded_authors"] == 3
 
     def remains(word: str) -> list[str]:
         files = [path for path in (service.folder / "models").rglob("*") if path.is_file() and ".db" not in path.name]
@@ -480,22 +488,26 @@ def test_an_author_s_words_are_deleted_everywhere_and_the_voice_is_marked(
         models = service.client.get("/models/org/list").json()["models"]
         return {model["model_id"]: model["metadata"].get("deleted_authors") for model in models}
 
-    assert len(remains("walrus")) >= 4  # the export, the dataset, the job, its version
-    assert listed() == {voice: None, bystander: None}
+    assert len(remains("walrus")) >= 5  # the export, the dataset, the job, its version, the other job
+    assert listed() == {voice: None, inline: None, bystander: None}
     (tmp_path / "noise.bin").write_bytes(b"\x89PNG")
     unread = imported(service, tmp_path / "noise.bin", "org")["dataset_id"]
     told = CliRunner().invoke(cli.app, ["forget", "carla", "--org", "org", "--url", service.url])
     assert told.exit_code == 0, told.output
     assert told.stdout == (
         f"{dataset_id} is written anew (1 conversations with them)\n"
-        f"{voice} is marked: it learned from these words (1 conversations with them)\n"
-        f"{unread} could never be read: delete it if the words may be in it\n"
+        + "".join(
+            f"{name} is marked: it learned from these words (1 conversations with them)\n"
+            for name in sorted([voice, inline])
+        )
+        + f"{unread} could never be read: delete it if the words may be in it\n"
+        f"{bystander} was sent conversations that do not say whose words are in them: look into those yourself\n"
     )
     dataset = prepared(service, dataset_id)
     assert (dataset["status"], dataset["summary"]["format"], dataset["summary"]["messages"]) == ("ready", "telegram", 5)
     assert remains("walrus") == remains("carla") == []
     marked = listed()
-    assert (len(marked[voice]), marked[bystander]) == (1, None)
+    assert (len(marked[voice]), marked[inline], marked[bystander]) == (1, marked[voice], None)
     assert "carla" not in marked[voice]
     metadata = service.status(voice)["metadata"]
     assert (metadata["deleted_authors"], "test_responses" in metadata["report"]) == (marked[voice], False)

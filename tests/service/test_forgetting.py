@@ -10,6 +10,7 @@ import pytest
 
 from repertory import manifest
 from repertory.data.conversations import Conversation, Message
+from repertory.data.preparation.identity import hashed
 from repertory.data.prepare import read_conversations, read_numbered
 from repertory.service.datasets import CONSENT, CONVERSATIONS, Datasets
 
@@ -20,7 +21,7 @@ TEXTS = ["first words", "the walrus", "last words"]
 def job(datasets: Datasets) -> str:
     """Trained on three conversations, the second with words of the author `b`."""
     said = [Conversation(messages=[Message(role="assistant", content=text)]) for text in TEXTS]
-    datasets.write_pending("org", "train_1", said, {})
+    datasets.write_pending("org", "train_1", said, {"counts": {"little_data": 1}})
     folder = datasets.settle("org", "train_1")
     consent = [["a"], ["a", "b"], ["a"]]
     (folder / CONSENT).write_text("".join(f"{json.dumps(authors)}\n" for authors in consent))
@@ -45,11 +46,12 @@ def test_what_is_left_keeps_its_number(datasets: Datasets, job: str, tmp_path: P
     assert manifest.verify(datasets.folder("org", job)) is None
     assert datasets.with_words_of("org", "b") == {}
     assert datasets.with_words_of("org", "a") == {job: 2}
+    assert datasets.findings("org", job) == {"counts": {"little_data": 1}}
     assert remains(tmp_path) == []
     assert [path.name for path in datasets.folder("org", job).parent.iterdir()] == [job]
 
 
-@pytest.mark.parametrize("ends_at", range(1, 8))
+@pytest.mark.parametrize("ends_at", range(1, 9))
 def test_an_end_at_any_step_leaves_the_old_or_the_new(
     ends_at: int, datasets: Datasets, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,23 @@ def test_an_end_at_any_step_leaves_the_old_or_the_new(
         datasets.sweep("train_", {job}.__contains__, is_alone=True)
     assert texts(datasets, job) == new
     assert remains(tmp_path) == []
+
+
+def test_conversations_are_recorded_where_they_say_whose_words_they_are(datasets: Datasets, job: str) -> None:
+    said = Conversation(messages=[Message(role="assistant", content="yes")])
+    for training_id, authors in {"train_told": ["x", "y"], "train_nobody": [], "train_untold": None}.items():
+        own = said.model_copy(update={"authors": authors})
+        datasets.write_pending("org", training_id, [own, said.model_copy(update={"authors": ["x"]})], {})
+        stored = datasets.conversations_path("org", training_id)
+        assert read_conversations(stored) == [said, said]
+        assert "x" not in json.loads(stored.read_text().splitlines()[1])
+    assert datasets.with_words_of("org", hashed("y", "org")) == {"train_told": 1}
+    assert datasets.with_words_of("org", hashed("y", "other")) == {}
+    assert datasets.unrecorded("org") == ["train_untold"]
+    datasets.forget("org", "train_untold", hashed("x", "org"))
+    assert datasets.unrecorded("org") == ["train_untold"]
+    (datasets.folder("org", job) / CONSENT).unlink()  # as before there was a record
+    assert datasets.unrecorded("org") == [job, "train_untold"]
 
 
 def test_a_sealed_folder_is_amended_and_its_damage_stays(tmp_path: Path) -> None:

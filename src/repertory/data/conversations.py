@@ -58,6 +58,7 @@ class Conversation(BaseModel):
     messages: list[Message] = Field(min_length=1)
     platform: CleanText | None = None
     timestamp: datetime | None = None
+    authors: list[CleanText] | None = None  # ids of those whose words are in it; recorded hashed, no model sees them
 
     @field_validator("timestamp")
     @classmethod

@@ -85,6 +85,11 @@ CODES: dict[str, Code] = {
         "Another author's name is like the persona's: perhaps a second account.",
         "If so, name that author as the persona too.",
     ),
+    "listed_unknown": Code(
+        "warning",
+        "Somebody on the list of people to leave out or to mask is nobody who speaks in this history.",
+        "Check how the name is written, or use the id; the table of authors has both.",
+    ),
     "times_unknown": Code(
         "note",
         "The history has no times, so what is held out is drawn, and pauses part nothing.",

@@ -50,7 +50,7 @@ class ImportOptions(BaseModel):
                 param="format",
             )
         self.reading()
-        self.preparing("")
+        self.preparing()
 
     def reading(self) -> ReadOptions:
         """Raises InvalidInput for a zone that is none and a column without a header."""
@@ -78,7 +78,7 @@ class ImportOptions(BaseModel):
         columns = {name: header for name, _, header in named}
         return ReadOptions(timezone=zone, day_first=self.day_first, columns=columns)
 
-    def preparing(self, org_id: str) -> PrepareOptions:
+    def preparing(self) -> PrepareOptions:
         """Raises InvalidInput for a pause or a date that is none."""
         from repertory.data.preparation.pipeline import PrepareOptions
 
@@ -89,7 +89,6 @@ class ImportOptions(BaseModel):
             mask=self.mask,
             mask_others=self.mask_others,
             live_since=_moment(self.live_since) if self.live_since else None,
-            org_id=org_id,
         )
 
 

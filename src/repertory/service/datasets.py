@@ -1,6 +1,6 @@
 """The conversations of jobs, and imported datasets, on disk.
 
-    DATASET_DIR/{org_id}/{training_id}/conversations.jsonl    of a job that brought its own
+    DATASET_DIR/{org_id}/{training_id}/…                      of a job that brought its own conversations
     DATASET_DIR/{org_id}/{training_id}/…                      of a job on a dataset: the files of its `prepared`
     DATASET_DIR/{org_id}/{dataset_id}/                        an import (`repertory.data.preparation.worker`)
 
@@ -16,16 +16,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repertory.data.conversations import Conversation
+from repertory.data.preparation.identity import record
 from repertory.errors import Conflict
 from repertory.manifest import sync_folder, verify, write_durably, write_manifest
 
 CONVERSATIONS = "conversations.jsonl"
-CONSENT = "consent.jsonl"  # for each conversation the hashes of those whose words are in it
+CONSENT = "consent.jsonl"  # for each conversation the hashes of those whose words are in it; null where nobody told
+UNTOLD = "null"
 FINDINGS = "findings.json"  # about the conversations that a job brought
 FORGET = "forget.json"  # whose words the worker takes from a dataset first
 PREPARED = "prepared"
@@ -40,13 +42,15 @@ class Datasets:
         self._root = root.resolve()
 
     def write_pending(
-        self, org_id: str, training_id: str, conversations: Iterable[Conversation], findings: Mapping[str, Any]
+        self, org_id: str, training_id: str, conversations: Sequence[Conversation], findings: Mapping[str, Any]
     ) -> None:
-        lines = (conversation.model_dump_json(exclude_defaults=True) for conversation in conversations)
+        lines = (one.model_dump_json(exclude_defaults=True, exclude={"authors"}) for one in conversations)
         content = "".join(f"{line}\n" for line in lines).encode()
+        consent = (UNTOLD if one.authors is None else record(one.authors, org_id) for one in conversations)
         pending = self._pending(org_id, training_id)
         try:
             write_durably(pending / CONVERSATIONS, content)
+            write_durably(pending / CONSENT, "".join(f"{line}\n" for line in consent).encode())
             write_durably(pending / FINDINGS, json.dumps(findings).encode())
             for folder in (pending.parent, self._root):
                 sync_folder(folder)
@@ -97,6 +101,19 @@ class Datasets:
                         found[name] = count
         return found
 
+    def unrecorded(self, org_id: str) -> list[str]:
+        """The training ids of jobs with conversations of which nobody told whose words are in them."""
+        found = []
+        for folder in sorted(path.parent for path in (self._root / org_id).glob(f"*/{CONVERSATIONS}")):
+            try:
+                with (folder / CONSENT).open(encoding="utf-8") as lines:
+                    is_recorded = not any(line.startswith(UNTOLD) for line in lines)
+            except FileNotFoundError:
+                is_recorded = False
+            if not is_recorded:
+                found.append(folder.name.removesuffix(PENDING).removesuffix(FORGOTTEN))
+        return found
+
     def forget(self, org_id: str, training_id: str, author_hash: str) -> None:
         """Take every conversation with words of an author from what a job was trained on.
 
@@ -109,11 +126,13 @@ class Datasets:
         with (folder / CONSENT).open() as consent, (folder / CONVERSATIONS).open(encoding="utf-8") as said:
             # An empty line in their place: the version knows by their numbers which were held out.
             kept = [
-                ("[]\n", "\n") if author_hash in json.loads(authors) else (authors, words)
+                ("[]\n", "\n") if author_hash in authors else (authors, words)
                 for authors, words in zip(consent, said, strict=True)
             ]
         write_durably(pending / CONSENT, "".join(authors for authors, _ in kept).encode())
         write_durably(pending / CONVERSATIONS, "".join(words for _, words in kept).encode())
+        if (folder / FINDINGS).exists():  # they name places, and quote nobody
+            write_durably(pending / FINDINGS, (folder / FINDINGS).read_bytes())
         write_manifest(pending, [CONSENT, CONVERSATIONS])  # without the report, which has everybody's names
         old = folder.with_name(f"{training_id}{FORGOTTEN}{PENDING}")  # of nobody: swept at the next start, if not now
         shutil.rmtree(old, ignore_errors=True)

@@ -241,6 +241,10 @@ class Imports:
         of_datasets = {name: count for name, count in found.items() if name.startswith(KIND)}
         return of_datasets, {name: count for name, count in found.items() if name not in of_datasets}
 
+    def unrecorded(self, org_id: str) -> list[str]:
+        """The training ids of jobs that brought conversations without saying whose words are in them."""
+        return self._files.unrecorded(org_id)
+
     def forget(self, org_id: str, author: str) -> tuple[dict[str, int], dict[str, int], list[str]]:
         """Delete an author's words from all of an organisation's datasets and from what its jobs were trained on.
 

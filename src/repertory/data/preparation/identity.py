@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,11 @@ from repertory.errors import InvalidInput
 
 ALIKE = 0.8  # of SequenceMatcher: ana.banana and ana_banana, not ana and anton
 MAX_SUGGESTIONS = 5
+COMPARED_CHARACTERS = 64  # of a name; to compare takes the square of it
 MIN_NAME_CHARACTERS = 3  # shorter names are words, and stay in what others say
+
+_LETTER = re.compile(r"\w")
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,20 @@ def identify(authors: Mapping[str, Author], wanted: Iterable[str]) -> Identity:
     return Identity(persona, name, tuple(alike[:MAX_SUGGESTIONS]))
 
 
-def find_all(authors: Mapping[str, Author], wanted: Iterable[str]) -> frozenset[str]:
-    """The ids of people on a list, by id or name. Somebody who is not in this history is not an error."""
-    return frozenset(
-        author.id
-        for name in wanted
-        for author in authors.values()
-        if name == author.id or name.casefold() in {known.casefold() for known in author.names}
-    )
+def find_all(authors: Mapping[str, Author], wanted: Iterable[str]) -> tuple[frozenset[str], list[str]]:
+    """(the ids of people on a list, by id or name; who on it does not speak in this history, which is no error)."""
+    by_name: dict[str, set[str]] = {}
+    for author in authors.values():
+        for known in author.names:
+            by_name.setdefault(known.casefold(), set()).add(author.id)
+    found: set[str] = set()
+    unknown = []
+    for name in wanted:
+        ids = by_name.get(name.casefold(), set()) | ({name} & authors.keys())
+        found |= ids
+        if not ids:
+            unknown.append(name)
+    return frozenset(found), unknown
 
 
 def labels(authors: Mapping[str, Author], masked: Collection[str]) -> dict[str, str]:
@@ -75,18 +86,44 @@ def labels(authors: Mapping[str, Author], masked: Collection[str]) -> dict[str, 
 
 
 def masking(labels: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that puts labels in place of names, in any case, where they stand as words of their own."""
-    names = {name.casefold(): label for name, label in labels.items() if len(name) >= MIN_NAME_CHARACTERS}
-    if not names:
-        return str
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
-    return lambda text: pattern.sub(lambda found: names.get(found[0].casefold(), "Somebody"), text)
+    """A function that puts labels in place of names, in any case, where they stand as words of their own.
+
+    Names are looked up by the word that they begin with, so that ten thousand of them take no longer than one.
+    """
+    by_name: dict[str, str] = {}
+    lengths: dict[str, set[int]] = {}  # of the names that begin with a word: ß has two letters where case is ignored
+    for name, label in labels.items():
+        plain = name.strip().casefold()
+        begins = _WORD.match(plain)
+        if begins is not None and len(name) >= MIN_NAME_CHARACTERS:
+            by_name[plain] = label
+            lengths.setdefault(begins[0], set()).update((len(name.strip()), len(plain)))
+
+    def masked(text: str) -> str:
+        parts, end = [], 0
+        for word in _WORD.finditer(text):
+            begin = word.start()
+            if begin < end or _LETTER.match(text[begin - 1 : begin]):
+                continue
+            for length in sorted(lengths.get(word[0].casefold(), ()), reverse=True):
+                name = text[begin : begin + length]
+                if name.casefold() in by_name and not _LETTER.match(text, begin + length):
+                    parts += [text[end:begin], by_name[name.casefold()]]
+                    end = begin + length
+                    break
+        return "".join(parts) + text[end:]
+
+    return masked
 
 
-def hashed(author_id: str, org_id: str = "") -> str:
-    """What a dataset records of an author: enough to find their words again, not to read who they are."""
+def hashed(author_id: str, org_id: str) -> str:
+    """What is recorded of an author: enough to find their words again, not to read who they are."""
     return hashlib.blake2b(author_id.encode(), key=org_id.encode()[:64], digest_size=16).hexdigest()
+
+
+def record(author_ids: Iterable[str], org_id: str) -> str:
+    """A line of the record of consent: the hashes of those whose words are in a conversation."""
+    return json.dumps(sorted({hashed(author, org_id) for author in author_ids}))
 
 
 def _find(authors: Mapping[str, Author], name: str) -> list[str]:
@@ -110,10 +147,9 @@ def _find(authors: Mapping[str, Author], name: str) -> list[str]:
 
 
 def _likeness(name: str, author: Author) -> float:
-    plain = name.casefold()
-    return max(
-        (SequenceMatcher(None, plain, known.casefold()).ratio() for known in [*author.names, author.id]), default=0.0
-    )
+    plain = name.casefold()[:COMPARED_CHARACTERS]
+    known = (one.casefold()[:COMPARED_CHARACTERS] for one in [*author.names, author.id])
+    return max((SequenceMatcher(None, plain, one).ratio() for one in known), default=0.0)
 
 
 def _table(authors: Iterable[Author]) -> str:

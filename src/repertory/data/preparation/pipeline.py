@@ -13,8 +13,8 @@ from repertory.data.findings import Findings
 from repertory.data.history import Author, Entry, History, ImportReport
 from repertory.data.preparation.context import Voices, pieces
 from repertory.data.preparation.duplicates import Duplicates, leakage
-from repertory.data.preparation.identity import Identity, find_all, hashed, identify, labels, masking
-from repertory.data.preparation.noise import has_words, noise, without_quotes
+from repertory.data.preparation.identity import Identity, find_all, identify, labels, masking
+from repertory.data.preparation.noise import MAX_CHARACTERS, has_words, noise, without_quotes
 from repertory.data.preparation.privacy import Surrogates
 from repertory.data.preparation.scratch import Conversations, Scratch
 from repertory.data.preparation.sessions import gap_for, sessions, turns
@@ -44,7 +44,6 @@ class PrepareOptions:
     )
     keep_bots: bool = False  # bots other than the persona, as people who speak
     platform: str | None = None  # recorded with the conversations
-    org_id: str = ""  # keys the hashes of authors
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class PreparationReport:
 class Prepared:
     """Conversations ready to be trained on, in order of time where there are times."""
 
-    conversations: Conversations  # with the hashes of those whose words are in each
+    conversations: Conversations  # with the ids of those whose words are in each
     system_prompt: str | None  # what the voice is told at training and at serving alike
     split: Split
     report: PreparationReport
@@ -131,9 +130,10 @@ def prepare(history: History, options: PrepareOptions, scratch: Scratch) -> Prep
     _sift(scratch, people, options, stages)
     if scratch.count_of(people.persona) == 0:
         raise _nothing(stages, people.identity)
-    style = scratch.texts_of(people.persona, MAX_STYLED)
+    masked = _names(read.authors, people)
+    style = _style(scratch, people, masked)
     found = _find_sessions(scratch, people, options, stages)
-    surrogates = _make_conversations(scratch, read.authors, people, found, options, stages)
+    surrogates = _make_conversations(scratch, people, found, masked, options, stages)
     _drop_duplicates(scratch, stages)
     made = scratch.conversations
     if not made:
@@ -175,14 +175,17 @@ def _reading(read: ImportReport, kept: int) -> Stage:
 def _people(read: ImportReport, options: PrepareOptions) -> _People:
     is_dialogue = set(read.authors) <= {"user", ASSISTANT} and bool(read.authors)
     identity = identify(read.authors, options.persona or ([ASSISTANT] if is_dialogue else []))
-    excluded = find_all(read.authors, options.exclude)
+    excluded, not_excluded = find_all(read.authors, options.exclude)
     if excluded & identity.persona:
         raise InvalidInput(
             "the persona is on the list of people whose words must not be used",
             code="persona_excluded",
             cure="Take it from the list, or choose another persona.",
         )
-    masked = excluded | find_all(read.authors, options.mask)
+    masked, not_masked = find_all(read.authors, options.mask)
+    for name in [*not_excluded, *not_masked]:
+        read.findings.add("listed_unknown", "", None, f"Nobody who speaks in this history is {name[:60]!r}.")
+    masked |= excluded
     if options.mask_others:
         masked = frozenset(read.authors)
     masked -= identity.persona
@@ -254,28 +257,34 @@ def _gap(scratch: Scratch, options: PrepareOptions, *, has_times: bool, is_dialo
     return gap_for(scratch.pauses(), in_groups=scratch.has_group())
 
 
+def _style(scratch: Scratch, people: _People, masked: Callable[[str], str]) -> list[str]:
+    """Texts of the persona to tell its style from, and no more of anybody than the conversations will have."""
+    surrogates = Surrogates()
+    sample = scratch.texts_of(people.persona, MAX_STYLED, MAX_CHARACTERS)
+    return [surrogates.replace(masked(text)) for text in sample]
+
+
 def _make_conversations(
     scratch: Scratch,
-    authors: Mapping[str, Author],
     people: _People,
     found: _Sessions,
+    masked: Callable[[str], str],
     options: PrepareOptions,
     stages: list[Stage],
 ) -> Surrogates:
     """Personal data replaced, and each session as conversations. Returns what was replaced."""
     voices = Voices({people.persona}, people.called, options.platform)
-    surrogates, masked = Surrogates(), _names(authors, people)
+    surrogates = Surrogates()
     trained = 0
     # By time, so that surrogates are numbered alike whatever program wrote the export.
     for session in scratch.sessions(by_time=found.have_times):
         for turn in session.turns:
             turn.texts = [surrogates.replace(masked(text)) for text in turn.texts]
+        prompt = surrogates.replace(masked(scratch.prompt(session.channel) or ""))
         for piece in pieces(session, voices, uncut=people.is_dialogue):
-            conversation = _with_prompt(piece.conversation, scratch.prompt(session.channel))
+            conversation = _with_prompt(piece.conversation, prompt)
             accounts = people.identity.persona if people.persona in piece.authors else frozenset[str]()
-            scratch.add_conversation(
-                conversation, (hashed(author, options.org_id) for author in piece.authors | accounts)
-            )
+            scratch.add_conversation(conversation, piece.authors | accounts)
             trained += _trained_turns(conversation)
     dropped = {"nobody_prompted": found.persona_turns - trained}
     stages.append(Stage("conversations", "turns of the persona", found.persona_turns, trained, dropped))
@@ -295,9 +304,9 @@ def _names(authors: Mapping[str, Author], people: _People) -> Callable[[str], st
     return masking({name: people.called[one] for one in sorted(people.masked) for name in authors[one].names})
 
 
-def _with_prompt(conversation: Conversation, prompt: str | None) -> Conversation:
+def _with_prompt(conversation: Conversation, prompt: str) -> Conversation:
     """The conversation after the system prompt of its channel, where the history brings one."""
-    if prompt is None or not has_words(prompt):
+    if not has_words(prompt):
         return conversation
     messages = [Message(role="system", content=prompt), *conversation.messages]
     return conversation.model_copy(update={"messages": messages})

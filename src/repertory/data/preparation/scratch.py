@@ -110,10 +110,12 @@ class Scratch:
         first, *others = sorted(accounts)
         self._database.executemany("UPDATE entries SET author = ? WHERE author = ?", [(first, one) for one in others])
 
-    def texts_of(self, author: str, at_most: int) -> list[str]:
-        """Of an author's messages so many, evenly spread over time."""
+    def texts_of(self, author: str, at_most: int, characters: int) -> list[str]:
+        """Of an author's messages so many, evenly spread over time, and of each so much."""
         total = self._database.execute("SELECT COUNT(*) FROM entries WHERE author = ?", (author,)).fetchone()[0]
-        in_order = self._database.execute("SELECT text FROM entries WHERE author = ? ORDER BY second, text", (author,))
+        in_order = self._database.execute(
+            "SELECT substr(text, 1, ?) FROM entries WHERE author = ? ORDER BY second, text", (characters, author)
+        )
         return [text for (text,) in islice(in_order, 0, None, max(1, -(-total // at_most)))]
 
     def count_of(self, author: str) -> int:
@@ -259,7 +261,7 @@ class Conversations(Sequence[Conversation]):
             yield body
 
     def authors(self) -> Iterator[list[str]]:
-        """Of each, the hashes of those whose words are in it, sorted."""
+        """Of each, the ids of those whose words are in it, sorted."""
         for (authors,) in self._database.execute("SELECT authors FROM conversations ORDER BY number"):
             yield json.loads(authors)
 

@@ -12,6 +12,7 @@ from statistics import mean, median
 import emoji
 
 TOP = 15
+HEAD_CHARACTERS = 200  # of a message, to count words in: phrases of 17 MB of long ones took a gigabyte
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
@@ -55,14 +56,15 @@ class StyleCard:
 def style_card(sample: Sequence[str], messages: int, turns: int) -> StyleCard:
     """Of so many messages in so many turns, by a sample of them; there is at least one."""
     lengths = [len(text) for text in sample]
-    words = [[word.casefold() for word in _WORD.findall(text)] for text in sample]
-    emojis = [[found["emoji"] for found in emoji.emoji_list(text)] if not text.isascii() else [] for text in sample]
+    heads = [text[:HEAD_CHARACTERS] for text in sample]
+    words = [[word.casefold() for word in _WORD.findall(head)] for head in heads]
+    emojis = [[found["emoji"] for found in emoji.emoji_list(head)] if not head.isascii() else [] for head in heads]
     lettered = [text for text in sample if any(character.isalpha() for character in text)]
     phrases = Counter(
         " ".join(said[at : at + size]) for said in words for size in (2, 3) for at in range(len(said) - size + 1)
     )
     ends = Counter(_ending(text) for text in sample)
-    spoken = Counter(language for text, said in zip(sample, words, strict=True) if (language := _language(text, said)))
+    spoken = Counter(language for head, said in zip(heads, words, strict=True) if (language := _language(head, said)))
     return StyleCard(
         messages=messages,
         mean_characters=round(mean(lengths), 1),
@@ -87,10 +89,11 @@ def _ending(text: str) -> str:
 
 
 def _language(text: str, words: Sequence[str]) -> str | None:
-    letter = next((character for character in text if character.isalpha() and not character.isascii()), None)
-    if letter is not None:
-        script = unicodedata.name(letter, "").split(" ")[0].capitalize()
-        if script not in ("Latin", ""):
+    if not text.isascii():
+        # Compatibility forms are what they stand for: the letters of 𝒻𝒶𝓃𝒸𝓎 and the µ of a unit are no script.
+        letters = [one for one in unicodedata.normalize("NFKC", text) if one.isalpha()]
+        scripts = Counter(unicodedata.name(one, "Latin").split(" ")[0].capitalize() for one in letters)
+        if scripts and (script := scripts.most_common(1)[0][0]) != "Latin":
             return script
     votes = Counter(language for word in words if (language := _ONLY_OF.get(word)))
     return votes.most_common(1)[0][0] if votes else None

@@ -31,11 +31,12 @@ from repertory.data.findings import findings_of
 from repertory.data.history import ImportReport
 from repertory.data.imports import ImportEvent, ImportOrder, ImportSummary
 from repertory.data.preparation.forgetting import forget, source
+from repertory.data.preparation.identity import record
 from repertory.data.preparation.pipeline import Prepared, prepare
 from repertory.data.preparation.report import authors_of, full_report
 from repertory.data.preparation.scratch import Scratch
 from repertory.data.readers import DIALOGUES, open_history, rewritten
-from repertory.errors import InvalidInput, StorageFailed
+from repertory.errors import RepertoryError, StorageFailed
 from repertory.lifeline import end_with_service
 from repertory.logs import configure, without_text
 
@@ -75,17 +76,17 @@ def run(folder: Path, order: ImportOrder, tell: Callable[[ImportEvent], None]) -
                 return ImportEvent(progress=1.0, status="needs_persona", summary=_summary(read))
             with Scratch() as scratch:
                 try:
-                    prepared = prepare(history, options.preparing(order.org_id), scratch)
+                    prepared = prepare(history, options.preparing(), scratch)
                 finally:  # also where the persona is not among them: the table is what to choose from
                     _write_authors(folder, read)
-                return _written(folder / PREPARED, prepared, read)
-    except (InvalidInput, StorageFailed) as error:
+                return _written(folder / PREPARED, prepared, read, order.org_id)
+    except RepertoryError as error:
         return ImportEvent(status="failed", error=error.info)
 
 
-def _written(folder: Path, prepared: Prepared, read: ImportReport) -> ImportEvent:
+def _written(folder: Path, prepared: Prepared, read: ImportReport, org_id: str) -> ImportEvent:
     _write_lines(folder / CONVERSATIONS, prepared.conversations.lines())
-    _write_lines(folder / CONSENT, (json.dumps(authors) for authors in prepared.conversations.authors()))
+    _write_lines(folder / CONSENT, (record(authors, org_id) for authors in prepared.conversations.authors()))
     manifest.write_durably(folder / REPORT, _json(full_report(prepared, read, None)))
     manifest.write_manifest(folder, [CONVERSATIONS, CONSENT, REPORT])
     manifest.sync_folder(folder.parent)

@@ -90,7 +90,7 @@ def consent(
 ) -> Consent:
     """Where the words of an author are, by the id that `authors` has: in which datasets, and in which voices."""
     of_datasets, of_jobs = service.imports.with_words_of(caller.organisation(org_id), author)
-    return Consent(datasets=of_datasets, trainings=of_jobs)
+    return Consent(datasets=of_datasets, trainings=of_jobs, unrecorded=service.imports.unrecorded(org_id))
 
 
 @router.delete("/consent", status_code=202)
@@ -100,8 +100,13 @@ def forget(
     """Delete an author's words, by the id that `authors` has. The datasets are written anew, and prepared again if they
     were; from what voices were trained on every conversation with such words is taken, and the voices are marked."""
     of_datasets, of_jobs, unread = service.imports.forget(caller.organisation(org_id), author)
-    message = "The words are being deleted."
-    return Forgotten(datasets=of_datasets, trainings=of_jobs, unread=unread, message=message)
+    return Forgotten(
+        datasets=of_datasets,
+        trainings=of_jobs,
+        unread=unread,
+        unrecorded=service.imports.unrecorded(org_id),
+        message="The words are being deleted.",
+    )
 
 
 @router.get("/{dataset_id}")

@@ -170,6 +170,7 @@ class Consent(BaseModel):
 
     datasets: dict[str, int]  # dataset id -> how many
     trainings: dict[str, int]  # training id -> how many
+    unrecorded: list[str]  # jobs that brought conversations without saying whose words are in them
 
 
 class Forgotten(Consent):

@@ -234,6 +234,8 @@ def _submission(body: StartTraining, service: Service, idempotency_key: str | No
     if summary is not None:
         metadata |= {"dataset_id": body.dataset_id, "recorded_authors": summary.recorded_authors}
         system_prompt = system_prompt or summary.system_prompt
+    if body.conversations is not None:
+        metadata["recorded_authors"] = len({author for one in body.conversations for author in one.authors or ()})
     if inspection is not None:
         metadata["findings"] = dict(inspection.findings.counts)
         if body.prepare:
