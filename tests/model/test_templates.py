@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 
 import tiny
 from repertory.data.conversations import Message
+from repertory.data.preparation.tokens import marked
 from repertory.data.render import NO_LABEL, Renderer, Row
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -316,6 +317,21 @@ def test_a_conversation_without_a_system_prompt_gets_none_but_the_templates_own(
     assert "pirate" not in text
     assert ("You are Qwen, created by Alibaba Cloud." in text) == (name == "qwen2.5")
     assert ("Today Date: 26 Jul 2024" in text) == (name == "llama-3.1")
+
+
+def test_a_preview_is_the_row_to_the_letter(name: str) -> None:
+    renderer, published = renderer_of(name), PUBLISHED[name]
+    row = row_of(renderer, CHAT)
+    spans = marked(row, renderer)
+    whole = renderer.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False)
+    assert "".join(text for text, _ in spans) == whole
+    learned = [text for text, is_learned in spans if is_learned]
+    assert [text.strip() for text in learned] == [
+        renderer.tokenizer.decode(reply, clean_up_tokenization_spaces=False).strip()
+        for reply in replies_in(renderer, row)
+    ]
+    assert learned[0].endswith(published.turn_end)
+    assert learned[0].startswith(" ") == (name in ("llama-2", "mistral-v0.1", "mistral-v0.3", "none"))
 
 
 def test_several_messages_of_one_speaker_lose_no_word(name: str) -> None:

@@ -193,9 +193,14 @@ class Renderer:
 
     def token_text(self, token: int) -> str:
         """What one token adds to a text; a part of a character is U+FFFD, a special token is written out."""
-        before = self._encode("a")
-        shown = self._decoder.decode([*before, token], clean_up_tokenization_spaces=False)
-        return shown.removeprefix(self._decoder.decode(before, clean_up_tokenization_spaces=False))  # type: ignore[no-any-return]
+        return self.written([token], self._encode("a"))
+
+    def written(self, ids: Sequence[int], before: Sequence[int]) -> str:
+        """What `ids` add to a text that ends with `before`, special tokens written out. The white space between the two
+        is theirs: at the beginning of a text SentencePiece's tokens are shown without it.
+        """
+        shown = self._decoder.decode([*before, *ids], clean_up_tokenization_spaces=False)
+        return shown.removeprefix(self._decoder.decode(list(before), clean_up_tokenization_spaces=False))  # type: ignore[no-any-return]
 
     # Training
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from repertory.data.conversations import Conversation
 from repertory.data.imports import TokenReport
 from repertory.data.prepare import with_system
-from repertory.data.render import Renderer, Row
+from repertory.data.render import NO_LABEL, Renderer, Row
 
 MAX_MEASURED = 2000  # conversations; of more, as many are measured, evenly spread
 
@@ -46,12 +46,13 @@ def spans(
 
 
 def marked(row: Row, renderer: Renderer) -> list[tuple[str, bool]]:
-    """(text, whether it is learned) of a row, special tokens included."""
-    tokens = zip(row.input_ids, row.labels, strict=True)
-    return [
-        (renderer.tokenizer.decode([token for token, _ in run], skip_special_tokens=False), is_learned)
-        for is_learned, run in groupby(tokens, key=lambda token: token[0] == token[1])
-    ]
+    """(text, whether it is learned) of a row, special tokens included; together they are the row to the letter."""
+    spans, begin = [], 0
+    for is_learned, run in groupby(row.labels, key=lambda label: label != NO_LABEL):
+        end = begin + len(list(run))
+        spans.append((renderer.written(row.input_ids[begin:end], row.input_ids[:begin][-1:]), is_learned))
+        begin = end
+    return spans
 
 
 def _row(
