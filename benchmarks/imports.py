@@ -20,7 +20,6 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
 from tests import exports
@@ -138,6 +137,8 @@ def _grown(name: str, times: int, folder: Path) -> Path:
         return write([entry for channel in channels for entry in _history(channel, dialogue=False)], folder)
     path = write(list(_history("1", dialogue=name in DIALOGUES)), folder)
     if name == PARQUET:
+        from pyarrow import parquet  # brings 30 MB, which are not to be counted with the other readers
+
         rows = parquet.read_table(path)
         with parquet.ParquetWriter(path, rows.schema) as grown_file:
             for _ in range(times):

@@ -17,16 +17,18 @@ import phonenumbers
 # parts have an end, or begin where nothing of their kind stands before.
 _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\Z)"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
-    r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{22,}\b|\bglpat-[\w-]{20,}"
-    r"|\bsk-[A-Za-z0-9_-]{20,}|\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b|\bhf_[A-Za-z0-9]{30,}\b"
-    r"|\bxox[abeposr]-[A-Za-z0-9-]{10,}|\bxapp-[A-Za-z0-9-]{10,}|\bAIza[\w-]{35}"
-    r"|\bnpm_[A-Za-z0-9]{36}\b|\bpypi-[\w-]{16,}|\bSG\.[\w-]{16,64}\.[\w-]{16,}|\bdop_v1_[a-f0-9]{64}\b"
-    r"|\brep_[A-Za-z0-9]{8}_[A-Za-z0-9]{32}_[A-Za-z0-9]{6}\b"  # our own
     r"|(?<![\w-])eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]*"  # JSON web tokens
-    r"|\b[MNO][A-Za-z\d_-]{23,27}\.[\w-]{6}\.[\w-]{27,}"  # Discord bots
-    r"|\b\d{8,10}:AA[\w-]{33}\b"  # Telegram bots
-    r"|\bhttps://hooks\.slack\.com/\S+|\bhttps://(?:\w{1,9}\.)?discord(?:app)?\.com/api/webhooks/\S+",
+    r"|\b(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
+    r"|gh[pousr]_[A-Za-z0-9]{36,}\b|github_pat_\w{22,}\b|glpat-[\w-]{20,}"
+    r"|sk-[A-Za-z0-9_-]{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b|hf_[A-Za-z0-9]{30,}\b"
+    r"|xox[abeposr]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}|AIza[\w-]{35}"
+    r"|npm_[A-Za-z0-9]{36}\b|pypi-[\w-]{16,}|SG\.[\w-]{16,64}\.[\w-]{16,}|dop_v1_[a-f0-9]{64}\b"
+    r"|rep_[A-Za-z0-9]{8}_[A-Za-z0-9]{32}_[A-Za-z0-9]{6}\b"  # our own
+    r"|[MNO][A-Za-z\d_-]{23,27}\.[\w-]{6}\.[\w-]{27,}"  # Discord bots
+    r"|\d{8,10}:AA[\w-]{33}\b"  # Telegram bots
+    r"|https://hooks\.slack\.com/\S+|https://(?:\w{1,9}\.)?discord(?:app)?\.com/api/webhooks/\S+"
+    r")",
     re.DOTALL,
 )
 _NAMED_SECRET = re.compile(
@@ -45,7 +47,7 @@ _IBAN_LENGTHS = {
     28: "AL AZ BY CY DO GT HU LB NI PL SV", 29: "BR EG PS QA UA", 30: "JO KW MU YE", 31: "MT SC", 32: "LC", 33: "RU",
 }  # fmt: skip
 _IBAN = re.compile(
-    r"(?ai)\b(?:"
+    r"(?ai)\b(?=[A-Z]{2}\d\d)(?:"  # the look ahead is quick
     + "|".join(
         rf"(?:{countries.replace(' ', '|')})\d\d(?:[ -]?[A-Z0-9]){{{length - 4}}}"
         for length, countries in _IBAN_LENGTHS.items()
