@@ -95,9 +95,9 @@ def doctor(
         findings.append(finding)
         if not as_json:
             mark = f"[{finding.state}]{finding.state:<6}[/]"
-            console.print(f"{mark}  {finding.about:<13}  {escape(finding.message)}", soft_wrap=True)
+            console.print(f"{mark}  {finding.about:<13}  {escape(printable(finding.message))}", soft_wrap=True)
             if finding.cure is not None:
-                console.print(f"{'':23}Cure: {escape(finding.cure)}", soft_wrap=True)
+                console.print(f"{'':23}Cure: {escape(printable(finding.cure))}", soft_wrap=True)
     if as_json:
         typer.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
     raise typer.Exit(any(finding.state == "red" for finding in findings))
@@ -202,7 +202,7 @@ def list_models(
     for model in found:
         size = f"{model.size_bytes / 1e9:.2f} GB" if model.size_bytes >= 1e9 else f"{model.size_bytes / 1e6:.1f} MB"
         cells = (model.name, (model.revision or "")[:12], size, model.architecture, model.precision, model.source)
-        table.add_row(*(escape(cell) for cell in (*cells, str(model.voices), model.state)))
+        table.add_row(*(escape(printable(cell)) for cell in (*cells, str(model.voices), model.state)))
     _print_table(table if found else "There is none yet; a start unpacks the bundled one.")
 
 
@@ -296,7 +296,7 @@ def list_keys(
     for key in found:
         cells = (key.id, key.name, key.org_id or "(every)", " ".join(key.scopes), key.state)
         times = (key.created_at, key.expires_at, key.last_used_at)
-        table.add_row(*(escape(cell) for cell in cells), *(_minute(time) for time in times))
+        table.add_row(*(escape(printable(cell)) for cell in cells), *(_minute(time) for time in times))
     _print_table(table if found else "There is none: the service is open to whoever reaches it.")
 
 

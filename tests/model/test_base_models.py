@@ -266,6 +266,18 @@ def test_the_commands_from_download_to_removal(
     assert repertory("remove", "local/parrot").exit_code == 3
 
 
+def test_what_a_config_says_repaints_no_terminal(
+    repertory: Callable[..., Result], settings: Settings, model: Path
+) -> None:
+    folder = settings.model_cache_dir / "owner" / "painted"
+    shutil.copytree(model, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "\x1b[31mllama\x07"}))
+    listed = repertory("list").stdout
+    assert "owner/painted" in listed
+    assert "llama" in listed
+    assert not {"\x1b", "\x07"} & set(listed)
+
+
 def test_a_cache_that_cannot_be_written_is_a_complaint(
     repertory: Callable[..., Result], settings: Settings, model: Path
 ) -> None:
