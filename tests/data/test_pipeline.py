@@ -63,6 +63,8 @@ def test_the_report_warns_of_what_will_not_do() -> None:
     report = run(entries).report
     assert {"little_data", "persona_speaks_little"} <= set(report.findings.counts)
     assert report.persona_share == 0.01
+    monologue = run([say("bob", "hi", 0)] + [say("ana", f"line {n}", n) for n in range(1, 100)]).report
+    assert (monologue.persona_share, monologue.findings.counts["one_sided"]) == (0.99, 1)
     with pytest.raises(InvalidInput) as refused:
         run([say("ana", "alone", 0), say("ana", "still", 10)])
     assert refused.value.code == "nothing_to_learn"

@@ -273,6 +273,11 @@ def test_an_unknown_format_is_an_error_that_lists_the_known(tmp_path: Path) -> N
         pass
     assert refused.value.code == "format_not_recognised"
     assert "JSON" in refused.value.cure
+    text = f"{'=' * 62}\nGuild: G\nChannel: c\n{'=' * 62}\n\n[01/05/2024 12:00] ana\nhi\n"
+    (tmp_path / "chat.txt").write_text(text)
+    with pytest.raises(InvalidInput) as refused, open_history(tmp_path / "chat.txt"):
+        pass
+    assert "again as JSON" in refused.value.cure
     with pytest.raises(InvalidInput, match="not a format"), open_history(tmp_path / "chat.html", "word"):
         pass
     with pytest.raises(InvalidInput, match="not there"), open_history(tmp_path / "nothing"):

@@ -41,6 +41,16 @@ def test_csv_rows_without_an_author_or_with_a_broken_time_are_reported(tmp_path:
     assert [finding.line for finding in report.findings.kept] == [1, 2, 3]
 
 
+def test_csv_that_ends_within_a_cell_says_so(tmp_path: Path) -> None:
+    rows = 'author,text\nana,a 5" disk\nana,"two\nlines"\nana,"and "" th'
+    (tmp_path / "a.csv").write_text(rows)
+    entries, report = read(tmp_path / "a.csv")
+    assert [entry.text for entry in entries] == ['a 5" disk', "two\nlines", 'and " th']
+    assert [(f.code, f.line) for f in report.findings.kept] == [("file_broken", 5)]
+    (tmp_path / "a.csv").write_text('author,text\nana,"x"\nana,a 5" disk')
+    assert not read(tmp_path / "a.csv")[1].findings.kept
+
+
 def test_findings_are_kept_up_to_a_thousand_and_counted_beyond(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("author,text\n" + ",x\n" * (MAX_FINDINGS + 500))
     _, report = read(tmp_path / "a.csv")

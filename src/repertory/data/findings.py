@@ -72,7 +72,7 @@ CODES: dict[str, Code] = {
     ),
     "one_sided": Code(
         "warning",
-        "Nobody else speaks in this history, so nothing can be learned of how the persona answers.",
+        "Hardly anybody else speaks, so little can be learned of how the persona answers.",
         "Import an export of whole channels.",
     ),
     "persona_speaks_little": Code(

@@ -31,7 +31,7 @@ def inspect(conversations: Sequence[Conversation]) -> Inspection:
     if turns < WARN_BELOW:
         findings.add("little_data", "conversations", None, f"There are {turns:,} turns to learn from.")
     if not any(message.role == "user" for conversation in conversations for message in conversation.messages):
-        findings.add("one_sided", "conversations")
+        findings.add("one_sided", "conversations", None, "There is no message of a user.")
     surrogates = Surrogates()
     prepared: list[Conversation] = []
     with Scratch() as scratch:

@@ -26,6 +26,7 @@ ASSISTANT = "assistant"  # the persona of histories between a user and an assist
 NO_GAP = 1 << 40  # seconds; pauses part nothing
 WARN_BELOW = 1000  # trained turns
 SPEAKS_LITTLE = 0.05
+ONE_SIDED = 0.95
 HELD_OUT_SHARE = 0.1
 MAX_STYLED = 5000  # messages that the style is measured on; of more, as many are, evenly spread
 
@@ -335,8 +336,8 @@ def _warn(report: PreparationReport, identity: Identity, *, has_times: bool) -> 
     findings = report.findings
     if report.trained_turns < WARN_BELOW:
         findings.add("little_data", "", None, f"There are {report.trained_turns:,} turns to learn from.")
-    if report.persona_share == 1:
-        findings.add("one_sided", "")
+    if report.persona_share > ONE_SIDED:
+        findings.add("one_sided", "", None, f"The persona wrote {report.persona_share:.1%} of the messages.")
     elif report.persona_share < SPEAKS_LITTLE:
         findings.add(
             "persona_speaks_little", "", None, f"The persona wrote {report.persona_share:.1%} of the messages."

@@ -7,6 +7,7 @@ format, write such a module and name it in READERS.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ READERS: tuple[ModuleType, ...] = (
     messages, discord_csv, whatsapp, irc, table,
 )  # fmt: skip
 FORMATS = tuple(reader.NAME for reader in READERS)
+_DISCORD_TEXT = re.compile(rb"={20,}\r?\nGuild: ")
 DIALOGUES = tuple(reader.NAME for reader in (chatgpt, claude, native, sharegpt, alpaca, messages))
 
 
@@ -93,6 +95,8 @@ def _unrecognised(export: Export) -> InvalidInput:
     cure = f"Name the format: {', '.join(FORMATS)}."
     if suffixes <= {".html", ".htm", ".css", ".js", ".png", ".jpg"} and suffixes & {".html", ".htm"}:
         cure = "Export again as JSON; pages keep too little of who said what, and when."
+    elif any(_DISCORD_TEXT.match(file.head) for file in export.with_suffix(".txt")):
+        cure = "Export again as JSON; DiscordChatExporter's plain text keeps too little of who said what, and when."
     elif not export.files or all(file.size == 0 for file in export.files):
         cure = "The export is empty. Export it again."
     names = ", ".join(file.name for file in export.files[:5]) or "nothing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from io import BytesIO
@@ -60,17 +60,38 @@ def rows(reading: Reading, file: ExportFile) -> Iterator[dict[str, str]]:
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     try:
         with file.open() as stream, file.text(stream, newline="") as text:
-            lines = csv.reader(text, delimiter=_delimiter(file))
+            of_row: list[str] = []  # the lines of the row that is being read
+            lines = csv.reader(_kept(text, of_row), delimiter=_delimiter(file))
             names = [name.strip() for name in next(lines, [])]
+            last: list[str] = []
             for row in lines:
+                last[:] = of_row
+                of_row.clear()
                 if row:
                     yield dict(zip(names, row, strict=False))
+            if _is_cut(last, _delimiter(file)):
+                reading.report.findings.add("file_broken", file.name, lines.line_num, "It ends within a cell.")
     except csv.Error as error:
         reading.report.findings.add("file_broken", file.name, None, f"It cannot be read on: {error}.")
     except UnicodeError:
         reading.report.findings.add("file_broken", file.name, None, "It ends within a character.")
     except BROKEN_ARCHIVE as broken:
         reading.report.findings.add("file_broken", file.name, None, f"It cannot be read: {broken}.")
+
+
+def _kept(lines: Iterable[str], into: list[str]) -> Iterator[str]:
+    for line in lines:
+        into.append(line)
+        yield line
+
+
+def _is_cut(lines: list[str], delimiter: str) -> bool:
+    """Whether the last row of a file, of these lines, has a quoted cell without an end."""
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
 
 
 def _delimiter(file: ExportFile) -> str:

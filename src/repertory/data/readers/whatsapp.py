@@ -73,6 +73,11 @@ _EDITED = re.compile(
 _WAITING = re.compile(
     r"Waiting for this message\.|Warten auf diese Nachricht|Esperando este mensaje|En attente de ce message"
 )
+# POLL: question, and OPTION: text (3 votes) again and again, in any language.
+_POLL = re.compile(
+    r"\u200e?[^\n:]{2,20}:\n[^\n]+\n\u200e?(?P<option>[^\n:]{2,20}): [^\n]*\(\d+ [^\n()]+\)"
+    r"(?:\n\u200e?(?P=option): [^\n]*\(\d+ [^\n()]+\))+"
+)
 _MENTION = re.compile(r"@\u2068?(\d{7,15})\b")
 _QUOTES = re.compile(r'["“”«»„]')  # in a notice, never in a name
 _REPEATED = 3  # so often the same body in angle brackets, and it is the app's in a language that is not in the table
@@ -228,7 +233,7 @@ def _content(text: str, facts: _FileFacts) -> tuple[Kind, str, tuple[str, ...]]:
     plain = text.strip("\u200e ")
     if plain.rstrip(".") in _DELETED:
         return "deleted", "", ()
-    if _WAITING.match(plain):
+    if _WAITING.match(plain) or _POLL.fullmatch(text):
         return "service", plain, ()
     if plain in _MEDIA or text in facts.media:
         return "said", "", ("media",)
