@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from exports import read, write_json
+from repertory.data.readers import open_history, rewritten
 
 
 def test_chatgpt_walks_the_branch_that_was_seen(tmp_path: Path) -> None:
@@ -143,6 +144,18 @@ def test_conversations_of_one_number_or_id_in_two_files_are_two(tmp_path: Path) 
         write_json(tmp_path / f"export/{name}.json", [row, row])
     entries, report = read(tmp_path / "export")
     assert (len(entries), len(report.channels), report.format) == (8, 4, "sharegpt")
+
+
+def test_a_line_of_json_may_be_as_long_as_a_conversation(tmp_path: Path) -> None:
+    long = "word " * 400_000
+    said = [{"role": "user", "content": "tell"}, {"role": "assistant", "content": long}]
+    (tmp_path / "t.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 2)
+    entries, report = read(tmp_path / "t.jsonl")
+    assert [len(entry.text) for entry in entries] == [4, len(long)] * 2
+    assert not report.findings.kept
+    with open_history(tmp_path / "t.jsonl") as history:
+        rewritten.write(tmp_path / "h.jsonl", "messages", history)
+    assert [len(entry.text) for entry in read(tmp_path / "h.jsonl")[0]] == [4, len(long)] * 2
 
 
 def test_hugging_face_parquet(tmp_path: Path) -> None:

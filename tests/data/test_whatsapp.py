@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,6 +129,25 @@ def test_whatsapp_media_in_a_language_nobody_listed(tmp_path: Path) -> None:
     lines = [f"31.12.23, 21:0{n} - Ana: <Meedia jäeti välja>" for n in range(3)] + ["31.12.23, 21:05 - Ana: <rare>"]
     entries, _ = _whatsapp(tmp_path, *lines)
     assert [(entry.text, entry.attachments) for entry in entries] == [("", ("media",))] * 3 + [("<rare>", ())]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "1/1/1" + " " * 200_000 + "x",
+        "12/31/23, " + " " * 200_000 + "9",
+        "12/31/23, 9:05 PM - Ana: \u200e" + "a " * 300_000,
+        "12/31/23, 9:05 PM - Ana: " + "<a: " * 300_000,
+        "12/31/23, 9:05 PM - Ana: POLL:\nq\n" + "OPTION: (1 a) (1 a)\n" * 30_000 + "x",
+        "12/31/23, 9:05 PM - Ana: " + " \u200e<a" * 200_000,
+    ],
+    ids=["cut date", "date", "notice", "file", "poll", "edited"],
+)
+def test_whatsapp_lines_take_no_pattern_for_ever(tail: str, tmp_path: Path) -> None:
+    begun = time.process_time()
+    entries, _ = _whatsapp(tmp_path, "12/31/23, 9:05 PM - Ana: hi", tail)
+    assert entries
+    assert time.process_time() - begun < 5
 
 
 def _whatsapp(folder: Path, *lines: str, options: ReadOptions | None = None) -> tuple[list[Entry], ImportReport]:

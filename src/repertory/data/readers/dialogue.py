@@ -110,7 +110,7 @@ def parts_text(content: object) -> str:
 
 def _json_lines(reading: Reading, file: ExportFile) -> Iterator[Any]:
     previous_is_broken = False
-    for number, line in enumerate(reading.lines(file), 1):
+    for number, line in enumerate(reading.records(file), 1):
         if previous_is_broken:
             reading.report.findings.add("message_malformed", file.name, number - 1, "The line is not JSON.")
             previous_is_broken = False

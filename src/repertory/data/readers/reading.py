@@ -11,7 +11,7 @@ from typing import Any
 
 from repertory.data.export import BROKEN_ARCHIVE, Export, ExportFile
 from repertory.data.history import Entry, ImportReport
-from repertory.data.jsonstream import BrokenJson, walk
+from repertory.data.jsonstream import MAX_VALUE_CHARACTERS, BrokenJson, walk
 
 SHAPE_DEPTH = 6  # levels that tell formats apart
 MAX_SHAPED_FILES = 40  # files looked into to recognise a format
@@ -58,6 +58,17 @@ class Reading:
     def lines(self, file: ExportFile) -> Iterator[str]:
         """The lines without their ends."""
         return (line.removesuffix("\n").removesuffix("\r") for line in self.lines_with_ends(file))
+
+    def records(self, file: ExportFile) -> Iterator[str]:
+        """The lines without their ends, where each is a value and may be as long as one; longer ones come in pieces."""
+        parts: list[str] = []
+        for piece in self.lines_with_ends(file):
+            parts.append(piece)
+            if piece.endswith("\n") or sum(map(len, parts)) > MAX_VALUE_CHARACTERS:
+                yield "".join(parts).removesuffix("\n").removesuffix("\r")
+                parts.clear()
+        if parts:
+            yield "".join(parts)
 
     def lines_with_ends(self, file: ExportFile) -> Iterator[str]:
         try:

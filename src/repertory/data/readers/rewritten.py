@@ -35,7 +35,7 @@ def read(reading: Reading) -> Iterator[Entry]:
     for file in reading.export.files:
         if _format(file) is None:
             continue
-        lines = reading.lines(file)
+        lines = reading.records(file)
         next(lines)
         yield from reading.entries(file, lines, _entries.validate_json)
 

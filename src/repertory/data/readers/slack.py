@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -146,7 +146,7 @@ def _seen(text: str, users: dict[str, tuple[str, bool]], mentions: list[str]) ->
     return text
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _emoji(alias: str) -> str:
     """The emoji of that name, or the name between colons where it is the workspace's own."""
     return emoji.emojize(f":{alias}:", language="alias")

@@ -23,6 +23,8 @@ from repertory.errors import InvalidInput
 NAME = "whatsapp"
 TITLE = "WhatsApp text"
 
+MAX_HEADER_CHARACTERS = 60  # no date is longer, and the pattern of a cut one takes the cube of the spaces in it
+
 _MARKS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e"  # directions; WhatsApp puts them before lines and names
 _DATE = r"(\d{1,4})(?:(?P<sep>[./-])|年)\s?(\d{1,2})(?:(?P=sep)|月)\s?(\d{1,4})"
 _HALF = r"(?:[AaPp]\.?[\s]?[Mm]\b\.?|ص|م|上午|下午|午前|午後|오전|오후)"
@@ -198,7 +200,8 @@ def _read_file(reading: Reading, file: ExportFile, facts: _FileFacts) -> Iterato
             kind="said" if name else "service", file=file.name, line=number,
         )  # fmt: skip
         body = [text]
-    if len(body) > 1 and _CUT_HEADER.fullmatch(_HALF_CHARACTER.sub("", last)):
+    is_short = len(last) <= MAX_HEADER_CHARACTERS
+    if len(body) > 1 and is_short and _CUT_HEADER.fullmatch(_HALF_CHARACTER.sub("", last)):
         body.pop()
         reading.report.findings.add("file_broken", file.name, None, "It ends within the date of a message.")
     if entry is not None:
