@@ -58,7 +58,7 @@ def turns(entries: Iterable[Entry], gap_seconds: int) -> Iterator[Turn]:
             last.texts.append(entry.text)
             last.ids.append(entry.id)
             last.end = time
-            last.mentions += entry.mentions
+            last.mentions = tuple(dict.fromkeys((*last.mentions, *entry.mentions)))
             continue
         if last is not None:
             yield last
