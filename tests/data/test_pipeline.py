@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from histories import T0, dialogue, run, say, shown
+from histories import T0, dialogue, made_of, run, say, shown
 from repertory.data.history import Entry
 from repertory.data.preparation.noise import MAX_CHARACTERS
-from repertory.data.preparation.pipeline import MAX_STYLED
+from repertory.data.preparation.pipeline import MAX_STYLED, PrepareOptions
 from repertory.data.preparation.scratch import Scratch
 from repertory.data.preparation.style import style_card
+from repertory.data.readers import open_history
 from repertory.errors import InvalidInput
 
 
@@ -69,6 +71,14 @@ def test_the_report_warns_of_what_will_not_do() -> None:
         run([say("ana", "alone", 0), say("ana", "still", 10)])
     assert refused.value.code == "nothing_to_learn"
     assert "nobody_prompted 2" in refused.value.message
+
+
+def test_where_nothing_is_read_the_refusal_says_why(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[{"messages": [{"role": "martian", "content": "hi"}]}]')
+    with open_history(tmp_path / "t.json") as history, pytest.raises(InvalidInput) as refused:
+        made_of(history, PrepareOptions())
+    assert refused.value.code == "nothing_read"
+    assert "t.json: Record 1: the role 'martian' is not known" in refused.value.message
 
 
 def test_every_stage_adds_up() -> None:

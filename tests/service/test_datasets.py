@@ -201,7 +201,7 @@ def test_files_from_which_nothing_can_be_made(service: RunningService, export: P
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (bad, {}, "format_not_recognised"),
         (bomb, {}, "archive_refused"),
-        (export, {"persona": "ana", "format": "irc"}, "persona_unknown"),
+        (export, {"persona": "ana", "format": "irc"}, "nothing_read"),
         (export, {"persona": "anna"}, "persona_unknown"),
     ]
     ids = [(send(service, path, "broken", **fields)["dataset_id"], code) for path, fields, code in cases]

@@ -29,7 +29,7 @@ class Identity:
 
 
 def identify(authors: Mapping[str, Author], wanted: Iterable[str]) -> Identity:
-    """The authors that `wanted` names by id or by any name they had.
+    """The authors that `wanted` names by id or by any name they had; there is one at least.
 
     Raises InvalidInput where nobody is meant, with near matches, or where a name means several people.
     """
@@ -141,7 +141,7 @@ def _find(authors: Mapping[str, Author], name: str) -> list[str]:
         raise InvalidInput(
             f"nobody is called {name!r} in this history",
             code="persona_unknown",
-            cure=f"Did you mean one of these? {_table(near)}." if near else "The history has no author with words.",
+            cure=f"Did you mean one of these? {_table(near)}.",
         )
     return [found[0].id]
 
@@ -154,4 +154,4 @@ def _likeness(name: str, author: Author) -> float:
 
 def _table(authors: Iterable[Author]) -> str:
     most = sorted(authors, key=lambda author: -author.messages)[:MAX_SUGGESTIONS]
-    return ", ".join(f"{author.name} ({author.messages:,} messages)" for author in most) or "nobody"
+    return ", ".join(f"{author.name} ({author.messages:,} messages)" for author in most)

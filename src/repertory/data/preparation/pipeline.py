@@ -126,6 +126,7 @@ def prepare(history: History, options: PrepareOptions, scratch: Scratch) -> Prep
     """
     said = scratch.keep(history)
     read = history.report
+    check_read(read)
     stages = [_reading(read, said)]
     people = _people(read, options)
     _sift(scratch, people, options, stages)
@@ -162,6 +163,19 @@ def prepare(history: History, options: PrepareOptions, scratch: Scratch) -> Prep
     return Prepared(conversations=made, system_prompt=prompt, split=parts, report=report)
 
 
+def check_read(read: ImportReport) -> None:
+    """Raises InvalidInput where there is nobody to choose from."""
+    if read.authors:
+        return
+    wrong = [finding for finding in read.findings.kept if finding.severity != "note"][:3]
+    why = "; ".join(f"{finding.path}: {finding.what.rstrip('.')}" for finding in wrong)
+    raise InvalidInput(
+        f"no words of anybody are in this {read.format} history{f': {why}' if why else ''}",
+        code="nothing_read",
+        cure="Check that it is the whole export and the right format, or export it again.",
+    )
+
+
 def system_prompt(name: str, in_groups: bool) -> str:
     """What the voice is told, at training and at serving alike."""
     about = f"You are {name}, chatting."
@@ -174,7 +188,7 @@ def _reading(read: ImportReport, kept: int) -> Stage:
 
 
 def _people(read: ImportReport, options: PrepareOptions) -> _People:
-    is_dialogue = set(read.authors) <= {"user", ASSISTANT} and bool(read.authors)
+    is_dialogue = set(read.authors) <= {"user", ASSISTANT}
     identity = identify(read.authors, options.persona or ([ASSISTANT] if is_dialogue else []))
     excluded, not_excluded = find_all(read.authors, options.exclude)
     if excluded & identity.persona:

@@ -32,7 +32,7 @@ from repertory.data.history import ImportReport
 from repertory.data.imports import ImportEvent, ImportOrder, ImportSummary
 from repertory.data.preparation.forgetting import forget, source
 from repertory.data.preparation.identity import record
-from repertory.data.preparation.pipeline import Prepared, prepare
+from repertory.data.preparation.pipeline import Prepared, check_read, prepare
 from repertory.data.preparation.report import authors_of, full_report
 from repertory.data.preparation.scratch import Scratch
 from repertory.data.readers import DIALOGUES, open_history, rewritten
@@ -73,6 +73,7 @@ def run(folder: Path, order: ImportOrder, tell: Callable[[ImportEvent], None]) -
                 for _ in history:
                     pass
                 _write_authors(folder, read)
+                check_read(read)
                 return ImportEvent(progress=1.0, status="needs_persona", summary=_summary(read))
             with Scratch() as scratch:
                 try:
