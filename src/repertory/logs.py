@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -22,9 +23,19 @@ def configure(level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Output(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+class _Output(structlog.PrintLogger):
+    """What cannot be written, to a full disk or a pipe that nobody reads any more, is lost; whoever logs goes on."""
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError):
+            super().msg(message)
+
+    debug = info = warning = error = critical = msg
 
 
 # API keys, tokens of a hub, what follows "Bearer", and user:password@ of an address
