@@ -94,13 +94,13 @@ class Erasure:
                 self._end(job)
         for dataset in self._imports.of_organisation(org_id):
             self._imports.delete(dataset.id, org_id)
-        with self._store.write() as connection:  # first, so that no request brings a voice back into memory
+        with self._store.write() as connection:  # first, so that no new request finds a voice
             connection.execute(delete(model_versions).where(model_versions.c.org_id == org_id))
-        self._unload(org_id)
         for root in self._roots:
             folder = root / org_id
             if folder.exists():
                 shutil.rmtree(folder)
+        self._unload(org_id)  # after the files, so that no request that had found a voice brings it back into memory
         self._models.forget(org_id)
         self._delete_rows(org_id)
         self._store.scrub()
