@@ -46,6 +46,7 @@ class Settings(Hyperparameters, BaseSettings):
     host_module: str = "repertory.model.host"  # what a host process runs; tests put the fake one here
     max_concurrent_generations: int = Field(256, ge=1)  # replies in the making or waiting, per service process
     generation_timeout_seconds: float = Field(300, gt=0)  # of a request for a reply, the longest and where it says none
+    client_timeout_seconds: float = Field(30, gt=0)  # of waiting for a client that sends or reads next to nothing
     max_concurrent_trainings: int = Field(1, ge=1, le=64)  # per host
     training_share: float = Field(0.2, ge=0, le=0.9)  # of the device's time while requests run; else all of it
     max_gpu_memory_gb: float | None = Field(None, gt=0)  # GiB of device memory a host may use; unset: all of it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,7 +11,6 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
-from repertory.service.api import body
 from repertory.service.api.app import create_app
 from repertory.service.jobs import Jobs
 from repertory.settings import Settings
@@ -124,19 +123,3 @@ def get_as(app: FastAPI, host: str, **headers: str) -> httpx.Response:
             return await client.get("/api/v1/health", headers=headers)
 
     return asyncio.run(ask())
-
-
-def test_who_stops_in_the_middle_of_a_body_is_not_waited_for(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "SILENCE_SECONDS", 0.05)
-
-    async def half_a_body() -> AsyncIterator[bytes]:
-        yield b'{"message": '
-        await asyncio.sleep(3600)
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api/v1") as client:
-            return await client.post("/generate", content=half_a_body(), headers={"content-type": "application/json"})
-
-    answer = asyncio.run(ask())
-    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "request_timeout")

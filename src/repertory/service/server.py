@@ -18,12 +18,15 @@ from pydantic_core import ErrorDetails
 from repertory import logs
 from repertory.errors import RepertoryError, StorageFailed
 from repertory.service.api.app import create_app
+from repertory.service.client_connection import LOOK_SECONDS, ClientConnection, hang_up_on_slow_clients
 from repertory.settings import Settings, settings
 
 log = structlog.get_logger()
 
 _ADDRESS_CURE = "Set HOST to an address of this machine (127.0.0.1, or 0.0.0.0 for all) and PORT to 1024 or above."
 KEEP_ALIVE_SECONDS = 30  # longer than clients do (httpx: 5), so that none sends into a connection that is being closed
+LOOK_TICKS = round(10 * LOOK_SECONDS)  # uvicorn ticks every tenth of a second
+UNSENT_BYTES = 128 << 10  # that the kernel keeps for a client who does not read; else megabytes, for each
 STOP_SECONDS = 5  # for the requests that are being answered when the service is told to stop
 
 
@@ -60,6 +63,7 @@ def serve() -> int:
         server = _Server(
             uvicorn.Config(
                 app,
+                http=ClientConnection,
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -67,7 +71,8 @@ def serve() -> int:
                 proxy_headers=False,  # whatever a proxy or a client says of addresses: nothing decides by it
                 timeout_graceful_shutdown=STOP_SECONDS,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            )
+            ),
+            present.client_timeout_seconds,
         )
         # uvicorn handles both while it runs, and raises them again afterwards: by then all is done.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,6 +82,15 @@ def serve() -> int:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, client_timeout_seconds: float) -> None:
+        super().__init__(config)
+        self._client_timeout_seconds = client_timeout_seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % LOOK_TICKS == 0:
+            hang_up_on_slow_clients(self.server_state.connections, self._client_timeout_seconds)
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets requests end and runs write a checkpoint; the second ends all at once."""
         if self.should_exit:
@@ -98,6 +112,7 @@ def _listen(present: Settings) -> socket.socket:
     )[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     try:
         listener.bind(address)
         listener.listen(2048)

@@ -5,9 +5,8 @@ Duplicate keys, NaN and Infinity, bytes that are no UTF-8, halves of surrogate p
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -16,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from repertory.errors import ErrorInfo
 from repertory.service.api.errors import ApiError, InvalidRequest, field_names, json_path, problem
 
-SILENCE_SECONDS = 30.0  # in the middle of a body
 MAX_BODY_BYTES = 64 << 20  # 64 MiB, some 100,000 conversations
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -52,29 +50,13 @@ async def _raw_body(request: Request) -> bytes:
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()
     body = bytearray()
-    async for piece in _pieces(request):
+    async for piece in request.stream():
         body += piece
         if len(body) > MAX_BODY_BYTES:
             raise _too_large()
     if body:
         _require_json(request.headers.get("content-type", ""))
     return bytes(body)
-
-
-async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """Of the body. Raises ApiError where nothing comes for too long: who sends a byte an hour holds a connection."""
-    pieces = aiter(request.stream())
-    while True:
-        try:
-            async with asyncio.timeout(SILENCE_SECONDS):
-                piece = await anext(pieces)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise ApiError(
-                408, "request_timeout", f"Nothing of the body came for {SILENCE_SECONDS:g} seconds.", "Send it again."
-            ) from None
-        yield piece
 
 
 def _require_json(content_type: str) -> None:

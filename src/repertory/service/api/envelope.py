@@ -99,4 +99,8 @@ def _allowed_hosts(settings: Settings) -> frozenset[str] | None:
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    return given if SANE_REQUEST_ID.fullmatch(given) else new_request_id()
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
