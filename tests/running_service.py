@@ -59,7 +59,7 @@ class RunningService:
 
     @property
     def log(self) -> str:
-        return self.log_path.read_text() if self.log_path.exists() else ""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def until_ready(self) -> RunningService:
         def is_healthy() -> bool:

@@ -60,6 +60,7 @@ def ask(host: RunningHost, ref: AdapterRef | None) -> str:
     return text_of(host.generate(ref, org_id=ref.org_id if ref else "org", max_tokens=24, top_logprobs=0))
 
 
+@pytest.mark.fault("F26")
 def test_forty_voices_through_few_places_in_memory_and_fewer_slots(
     start: Callable[..., RunningHost], refs: list[AdapterRef]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from sqlalchemy import make_url
 
 from disks import file_system, filled
+from latency import p99_seconds
 from postgresql import Postgresql
 from repertory.contracts import Hyperparameters
 from repertory.data.conversations import Conversation
@@ -406,6 +408,89 @@ def test_a_voice_damaged_on_disk_is_its_own_503(start_service: Start) -> None:
     other = service.client.post("/generate?org_id=whole", json={"message": "Hi"})
     assert other.json()["response"] == f"Hello from {whole}"
     assert service.client.get("/models/damaged/list").json()["count"] == 0
+
+
+# What is printed
+
+
+@contextmanager
+def logging_to(disk: Path, **environment: str) -> Iterator[RunningService]:
+    """A service whose output, and that of its hosts, goes to this disk."""
+    folder = disk.with_name("service")
+    folder.mkdir()
+    (folder / "service.log").symlink_to(disk / "service.log")
+    service = RunningService(folder, **environment)
+    try:
+        yield service
+    finally:
+        service.kill()
+
+
+@contextmanager
+def rotated(log: Path, above_bytes: int) -> Iterator[list[int]]:
+    """Emptied again and again, as logrotate's copytruncate does. Yields the sizes that it had."""
+    ended, sizes = threading.Event(), []
+
+    def rotate() -> None:
+        while not ended.wait(0.02):
+            if (size := log.stat().st_size) > above_bytes:
+                sizes.append(size)
+                os.truncate(log, 0)
+
+    rotating = threading.Thread(target=rotate)
+    rotating.start()
+    try:
+        yield sizes
+    finally:
+        ended.set()
+        rotating.join()
+
+
+@pytest.mark.fault("F36")
+def test_a_host_that_prints_without_end_costs_the_service_nothing(tmp_path: Path) -> None:
+    with file_system(tmp_path / "disk", "size=256m") as disk, logging_to(disk) as service:
+        service.until_ready().trained("org")
+        quiet = p99_seconds(service, "org", 5)
+        assert service.stop() == 0
+        tests = Path(__file__).parents[1]
+        service.environment |= {
+            "HOST_MODULE": "noisy_host",
+            "PYTHONPATH": f"{tests.parent}:{tests.parent / 'src'}:{tests}",
+        }
+        service.start()
+        with rotated(disk / "service.log", above_bytes=32 << 20) as printed:
+            service.until_ready()
+            p99_seconds(service, "org", 3)  # warms up
+            process = psutil.Process(service.process.pid)
+            memory = process.memory_info().rss
+            assert p99_seconds(service, "org", 5) < 3 * quiet
+            assert service.trained("org")
+            assert process.memory_info().rss < 1.05 * memory
+            assert service.client.get("/health").json()["status"] == "healthy"
+        assert sum(printed) > 100e6
+        assert b"\xff\xfe\x00\x1b[2J" in (disk / "service.log").read_bytes()
+
+
+@pytest.mark.fault("F7")
+def test_a_full_disk_of_the_log_costs_its_lines_and_nothing_else(tmp_path: Path) -> None:
+    with file_system(tmp_path / "disk", "size=1m") as disk, logging_to(disk) as service:
+        service.until_ready()
+        log = disk / "service.log"
+
+        def is_silent() -> bool:
+            before = log.stat().st_size
+            service.trained("org")
+            return log.stat().st_size == before
+
+        with filled(disk):
+            eventually(is_silent)
+            (host,) = service.hosts()
+            host.kill()
+            eventually(lambda: service.client.get("/health").json()["status"] == "degraded")
+            service.until_ready()
+            service.trained("org")
+        assert service.trained("org") in service.log
+        assert service.stop() == 0
 
 
 # Nothing leaks
