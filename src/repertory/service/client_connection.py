@@ -71,8 +71,8 @@ class ClientConnection(H11Protocol):
         return True
 
     def _count_unread(self) -> int:
-        """With what the kernel has taken and the client has not: megabytes, a third of which has to be read before the
-        kernel takes more.
+        """With what the kernel has taken and the client has not. It takes more only when much of that is gone, so a
+        slow reader would look as if it stood still.
         """
         queue = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         return self.transport.get_write_buffer_size() + int.from_bytes(queue, sys.byteorder)
