@@ -319,6 +319,7 @@ class RunSpec(Contract):
     current: AdapterRef | None = None  # the promoted version, to compare with, if it stands on the same base
     start: AdapterRef | None = None  # the version to go on from, on the same base and of the same shape
     publish_anyway: bool = False  # also if nothing was learned; the version is marked
+    recorded_steps: int = 0  # of an earlier run of the job; what it learned after them is told again
 
 
 class RunEvent(Contract):

@@ -255,6 +255,29 @@ def test_a_locked_sqlite_is_a_503_and_costs_no_training(start_service: Start) ->
     assert service.train("org")
 
 
+@pytest.mark.fault("F3", "F13")
+def test_a_service_killed_while_its_database_is_locked_records_every_step_in_the_end(start_service: Start) -> None:
+    """The checkpoint that is gone on from lies behind steps that it could not record."""
+    service = start_service(**SHORT).until_ready()
+    training_id = service.train("org")
+    eventually(lambda: service.status(training_id)["metadata"].get("step"))
+    database = service.folder / "models/repertory.db"
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        recorded = service.status(training_id)["metadata"]["step"]
+        checkpoints = service.folder / "models/checkpoints/org" / training_id
+        eventually(lambda: (checkpoints / f"checkpoint-{recorded // 5 * 5 + 10}/MANIFEST.json").exists())
+        service.kill()
+        other.execute("ROLLBACK")
+    service.start()
+    assert service.until(training_id, "completed", "failed")["status"] == "completed"
+    assert service.status(training_id)["metadata"]["resumed_from_step"] > recorded
+    service.stop()
+    with closing(sqlite3.connect(database)) as rows:
+        steps = rows.execute("SELECT step FROM metrics WHERE job_id = ? ORDER BY step", [training_id]).fetchall()
+    assert [step for (step,) in steps] == list(range(1, 41))
+
+
 @pytest.mark.fault("F14")
 def test_a_postgresql_that_fails_for_a_while_costs_no_training(
     start_service: Start, postgresql_server: Postgresql, migrated_postgresql: str

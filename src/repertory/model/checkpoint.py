@@ -84,15 +84,18 @@ class Checkpoint:
                 shutil.rmtree(path)
 
     @staticmethod
-    def newest(folder: Path, fingerprint: str) -> Checkpoint | None:
-        """The newest whole checkpoint of this very run, or None. Damaged and foreign ones are passed over."""
+    def newest(folder: Path, fingerprint: str | None) -> Checkpoint | None:
+        """The newest whole checkpoint of this very run (None: whatever its data and config are), or None. Damaged and
+        foreign ones are passed over.
+        """
         for step in reversed(_steps(folder)):
             path = folder / f"checkpoint-{step}"
             if verify(path) is not None:
                 continue
             state = json.loads((path / STATE).read_text())
-            if state["fingerprint"] == fingerprint:
-                return Checkpoint(step, fingerprint, state["story"], load((path / TENSORS).read_bytes()))
+            if fingerprint in (None, state["fingerprint"]):
+                tensors = load((path / TENSORS).read_bytes())
+                return Checkpoint(step, state["fingerprint"], state["story"], tensors)
         return None
 
 

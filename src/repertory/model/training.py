@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -115,6 +114,8 @@ class TrainingRun:
         yield self._event("preparing", phase="reading the conversations")
         if (output / MANIFEST).exists() and verify(output) is None:
             # Finished before, but nobody heard of it: the service died between our last file and its own record.
+            last = Checkpoint.newest(Path(self.spec.checkpoint_dir), None)
+            yield from self._told_again({} if last is None else last.story)
             yield self._completed(json.loads((output / METADATA).read_text()))
             return
         prepared = yield from self._prepare()
@@ -171,6 +172,7 @@ class TrainingRun:
         config, plan, state, story = prepared.config, prepared.plan, prepared.state, prepared.state.story
         most_loss = EXPLODED * max(prepared.score_of(story["base_nll"]).mean_nll, math.log(self.base.vocabulary_size))
         yield self._event("running", phase="training", eta_seconds=self.work.eta_seconds, **prepared.metadata)
+        yield from self._told_again(story)
         with _tensorboard(output, state.step) as board:
             self._is_learning = True
             while state.step < config.total_steps and not (self._is_interrupted or _stops_early(config, story)):
@@ -185,6 +187,7 @@ class TrainingRun:
                 state.step = step
                 story |= {"final_loss": loss, **self._scaling}
                 told = self._progress(plan, step, loss, norm)
+                story.setdefault("steps", []).append(told)
                 if step % config.logging_steps == 0 or step == config.total_steps:
                     for scalar in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "loss_scale"):
                         if scalar in told:
@@ -235,7 +238,6 @@ class TrainingRun:
         metadata["completed_at"] = datetime.now(UTC).isoformat()
         names += self._write_beside(output, metadata, report)
         write_manifest(output, names)
-        shutil.rmtree(spec.checkpoint_dir, ignore_errors=True)  # three times the voice's size, and of no more use
         return metadata
 
     # The adapter
@@ -452,6 +454,12 @@ class TrainingRun:
 
     def _event(self, kind: Any, **data: Any) -> RunEvent:
         return RunEvent(kind=kind, progress=self.work.progress, data=data)
+
+    def _told_again(self, story: dict[str, Any]) -> Iterator[RunEvent]:
+        """The steps before the checkpoint that were not recorded: the service ended while its database was away."""
+        for told in story.get("steps", []):
+            if told["step"] > self.spec.recorded_steps:
+                yield self._event("step", **told)
 
     def _completed(self, metadata: dict[str, Any]) -> RunEvent:
         return RunEvent(kind="completed", progress=1.0, data=metadata)

@@ -242,6 +242,7 @@ class Dispatcher:
             current=current.adapter if current is not None and current.key == key else None,
             start=None if start is None else start.adapter,
             publish_anyway=config.publish_anyway,
+            recorded_steps=self._jobs.recorded_steps(job.id),
         )
 
     # What a job that has ended, whichever way, leaves behind: checkpoints, and what its host was writing when it ended

@@ -290,6 +290,8 @@ class FakeHost:
         if done:
             begin["resumed_from_step"] = done
         yield RunEvent(kind="running", progress=done / (STEPS + 1), data=begin)
+        for step in range(spec.recorded_steps + 1, done + 1):
+            yield self._step(step)
         for step in range(done + 1, STEPS + 1):
             time.sleep(STEP_SECONDS)
             if stop.is_set():
@@ -301,20 +303,7 @@ class FakeHost:
                 yield RunEvent(kind=kind, progress=(step - 1) / (STEPS + 1))
                 return
             self._misbehave(step, resumed=bool(done))
-            yield RunEvent(
-                kind="step",
-                progress=step / (STEPS + 1),
-                data={
-                    "step": step,
-                    "total_steps": STEPS,
-                    "epoch": step / STEPS,
-                    "loss": 3.0 - step / STEPS,
-                    "learning_rate": 2e-4,
-                    "grad_norm": 1.0,
-                    "tokens_per_second": 100.0,
-                    "eta_seconds": (STEPS - step) * STEP_SECONDS,
-                },
-            )
+            yield self._step(step)
             if step % STEPS_PER_CHECKPOINT == 0:
                 yield self._checkpoint(checkpoints, step)
         yield RunEvent(kind="evaluating", progress=STEPS / (STEPS + 1), data={"phase": "measuring the voice"})
@@ -334,6 +323,23 @@ class FakeHost:
         if self.base_model.endswith("damaged"):
             (output / "adapter_model.safetensors").write_bytes(b"not what was there")
         yield RunEvent(kind="completed", progress=1.0, data={"base_model": spec.base_model, "report": report})
+
+    @staticmethod
+    def _step(step: int) -> RunEvent:
+        return RunEvent(
+            kind="step",
+            progress=step / (STEPS + 1),
+            data={
+                "step": step,
+                "total_steps": STEPS,
+                "epoch": step / STEPS,
+                "loss": 3.0 - step / STEPS,
+                "learning_rate": 2e-4,
+                "grad_norm": 1.0,
+                "tokens_per_second": 100.0,
+                "eta_seconds": (STEPS - step) * STEP_SECONDS,
+            },
+        )
 
     def _checkpoint(self, folder: Path, step: int) -> RunEvent:
         self._write(folder / f"checkpoint-{step}", {"state.json": b"{}"})

@@ -28,7 +28,7 @@ from repertory.data.conversations import Conversation
 from repertory.errors import Conflict, ErrorInfo, InvalidInput, NotFound, RepertoryError
 from repertory.service.datasets import Datasets
 from repertory.service.quotas import Quotas
-from repertory.service.store import Store, job_events, jobs, now, organisations
+from repertory.service.store import Store, job_events, jobs, metrics, now, organisations
 
 KIND = "train_"  # how the ids begin
 FEW_CONVERSATIONS = 100  # below this a voice is seldom caught, and the job says so
@@ -236,6 +236,11 @@ class Jobs:
         with self._store.read() as connection:
             ids = connection.execute(_in_turn(select(jobs.c.id))).scalars().all()
         return {job_id: position for position, job_id in enumerate(ids, start=1)}
+
+    def recorded_steps(self, job_id: str) -> int:
+        """How many steps of its run have their metrics here: these, one after the other from the first."""
+        with self._store.read() as connection:
+            return connection.scalar(select(func.max(metrics.c.step)).where(metrics.c.job_id == job_id)) or 0
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each status that is not terminal."""
