@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from sqlalchemy import text
 
@@ -119,6 +120,28 @@ def test_a_red_line_is_the_exit_status_and_carries_its_cure(tmp_path: Path) -> N
     at = next(at for at, line in enumerate(lines) if re.match(r"red +torch +cannot be used: .*libcudart.so.12", line))
     assert lines[at + 1].strip().startswith("Cure: Install it anew: pip install")
     assert re.search(r"^red +settings +PORT: ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("HUGGINGFACE_TOKEN", "hf_secrét", "a character that no token has"),
+        ("HUGGINGFACE_TOKEN", "hf_a\nsecret", "a character that no token has"),
+        ("HF_ENDPOINT", "http://[::1", "is no address: Invalid IPv6 URL"),
+        ("HF_ENDPOINT", "http://hub:99999", "is no address: Port out of range"),
+    ],
+)
+def test_what_no_request_could_carry_is_a_wrong_setting(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    [found] = doctor.wrong_settings(refused.value)
+    assert (found.state, found.message.startswith(f"{name}: "), words in found.message) == ("red", True, True)
+    assert "secr" not in f"{found.message} {found.cure}"
+    monkeypatch.setenv(name, {"HF_ENDPOINT": "http://[::1]:80/hub"}.get(name, " hf_a \n"))
+    Settings()
 
 
 # --- The machine ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -72,9 +73,21 @@ class Settings(Hyperparameters, BaseSettings):
 
     @field_validator("huggingface_token")
     @classmethod
-    def stripped(cls, token: str | None) -> str | None:
+    def fit_for_a_header(cls, token: str | None) -> str | None:
         """Files that hold a token end in a line break, which no HTTP header may hold."""
-        return token.strip() or None if token else None
+        token = (token or "").strip()
+        if not all("!" <= character <= "~" for character in token):
+            raise ValueError("holds a character that no token has; copy it again from the hub's page")
+        return token or None
+
+    @field_validator("hf_endpoint")
+    @classmethod
+    def an_address(cls, endpoint: str) -> str:
+        try:
+            urlsplit(endpoint).port  # noqa: B018  # raises where host or port are none
+        except ValueError as error:
+            raise ValueError(f"is no address: {error}") from error
+        return endpoint
 
     @property
     def adapter_memory_bytes(self) -> int | None:
