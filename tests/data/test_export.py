@@ -6,6 +6,7 @@ import io
 import json
 import stat
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_a_table_of_contents_of_millions_is_refused_before_it_is_read(tmp_path: 
     with pytest.raises(InvalidInput, match="table of contents has 100 MiB") as refused, open_export(path):
         pass
     assert refused.value.code == "archive_refused"
+
+
+def test_more_entries_than_files_may_be_are_refused_before_each_is_an_object(tmp_path: Path) -> None:
+    path, count = tmp_path / "many.zip", export_module.MAX_FILES + 1
+    contents = (b"PK\x01\x02" + bytes(42)) * count
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFE, 0xFFFE, len(contents), 4, 0)
+    path.write_bytes(b"PK\x03\x04" + contents + end)
+    tracemalloc.start()
+    with pytest.raises(InvalidInput, match="more than 500,000 files"), open_export(path):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(contents)
 
 
 def test_more_than_the_total_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +200,6 @@ def test_an_archive_that_is_no_archive_is_an_error_with_a_cure(tmp_path: Path, n
 
 
 def test_a_large_export_is_read_in_flat_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
     def peak(messages: int) -> int:
         path = tmp_path / f"{messages}.json"
         record = {

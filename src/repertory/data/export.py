@@ -32,6 +32,8 @@ MAX_LINE_CHARACTERS = 1 << 20
 HEAD_BYTES = 64 << 10
 CHUNK_BYTES = 256 << 10
 
+_ENTRY = b"PK\x01\x02"  # how an entry of the table of contents begins
+
 # What reading a stream of an archive can raise where the archive is broken.
 BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
 
@@ -143,8 +145,8 @@ class _Counted(io.RawIOBase):
 
 
 class _Archive(io.BufferedReader):
-    """A file of which zipfile reads the table of contents, all at once, only where it is no longer than it may be: a
-    gigabyte of it would be a hundred million objects."""
+    """A file of which zipfile reads the table of contents, all at once, only where that is no longer than it may be:
+    half a kilobyte of memory goes to each of its entries, which may have 46 bytes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -153,7 +155,10 @@ class _Archive(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > MAX_CONTENTS_BYTES:
             raise _refused(self._path, f"its table of contents has {size >> 20:,} MiB", "Split it.")
-        return super().read(size)
+        content = super().read(size)
+        if content.count(_ENTRY) > MAX_FILES:
+            raise _refused(self._path, f"it names more than {MAX_FILES:,} files", "Split it.")
+        return content
 
 
 @contextmanager
@@ -233,8 +238,6 @@ def _is_link(info: zipfile.ZipInfo) -> bool:
 
 def _refuse_hostile(path: Path, archive: zipfile.ZipFile) -> None:
     infos = archive.infolist()
-    if len(infos) > MAX_FILES:
-        raise _refused(path, f"it names {len(infos):,} files; {MAX_FILES:,} are the limit", "Split it.")
     if sum(info.file_size for info in infos) > MAX_EXPANDED_BYTES:
         raise _refused(path, f"it expands to more than {MAX_EXPANDED_BYTES >> 30} GiB", "Split it.")
     if sum(info.compress_size for info in infos) > path.stat().st_size:
