@@ -7,6 +7,7 @@ contract stops a sequence or a run.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
@@ -31,9 +32,9 @@ from repertory.contracts import (
 )
 from repertory.data.imports import TokenReport
 from repertory.errors import ErrorInfo, RepertoryError, Unavailable
+from repertory.service.host_answer import CONNECT_SECONDS, BrokenOff, posted
 
 SILENCE_SECONDS = 60.0  # a run sends a heartbeat every 2 seconds; a host quiet for this long hangs
-CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 STOP_SECONDS = 60.0  # two micro-steps of a large model on a slow device
 HUB_SECONDS = 10.0  # more than a host gives the hub for an answer
@@ -98,21 +99,19 @@ class HostClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk]:
         """The reply, piece by piece; the last piece has a finish_reason. Closing the iterator stops the sequence."""
+        body = request.model_dump_json().encode()
         try:
-            async with (
-                self._async_client(TOKEN_SECONDS) as client,
-                client.stream("POST", "/generate", content=request.model_dump_json()) as response,
-            ):
-                if response.is_error:
-                    raise _refusal(response.status_code, await response.aread())
-                async for line in _lines(response):
+            async with posted(self._socket, "/generate", body, TOKEN_SECONDS) as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise _refusal(answer.status, await answer.whole())
+                while (line := await answer.line()) is not None:
                     chunk = TokenChunk.model_validate_json(line)
                     if chunk.error is not None:
                         raise RepertoryError.from_info(chunk.error)
                     yield chunk
                     if chunk.finish_reason is not None:
                         return
-        except httpx.TransportError as error:
+        except BrokenOff as error:
             raise _gone() from error
         raise _gone()
 
@@ -178,17 +177,6 @@ class HostClient:
             timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
             trust_env=False,
         )
-
-
-async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
-    """What `aiter_lines` does, without decoding what is parsed as bytes."""
-    rest = b""
-    async for piece in response.aiter_raw():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line
-    if rest:
-        yield rest
 
 
 class _Refusal(BaseModel):
