@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import threading
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import insert, inspect, select, text, update
+from sqlalchemy import Connection, func, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from repertory.errors import Conflict, InvalidInput, Unavailable
@@ -204,3 +205,75 @@ def test_writers_that_read_first_wait_for_each_other(store: Store) -> None:
         thread.join()
     with store.read() as connection:
         assert connection.execute(select(organisations.c.org_id)).scalar_one() == "80"
+
+
+def count(connection: Connection) -> int:
+    return connection.execute(select(func.count()).select_from(organisations)).scalar_one()
+
+
+def test_what_is_remembered_is_read_again_after_any_write(store: Store, database_url: str) -> None:
+    """Also of another process, as the command line's are; and never without one, where that can be told."""
+    read = 0
+
+    def asked(connection: Connection) -> int:
+        nonlocal read
+        read += 1
+        return count(connection)
+
+    assert [store.remembered("how many", asked) for _ in range(3)] == [0, 0, 0]
+    assert read == (3 if store.is_shared else 1)
+    another = Store(database_url, alone=False)
+    for number, writer in enumerate((another, store, another), 1):
+        with writer.write() as connection:
+            ensure_organisation(connection, f"org{number}")
+        assert store.remembered("how many", asked) == number
+    another.close()
+
+
+def test_a_request_looks_once_and_still_sees_what_it_writes_itself(store: Store, database_url: str) -> None:
+    if store.is_shared:
+        pytest.skip("there it looks each time")
+    another = Store(database_url, alone=False)
+    assert not store.remembers("how many")
+    store.pin()
+    assert not store.remembers("how many")
+    assert store.remembered("how many", count) == 0
+    assert store.remembers("how many")
+    with another.write() as connection:
+        ensure_organisation(connection, "theirs")
+    assert store.remembered("how many", count) == 0  # it was so when the request came
+    contextvars.Context().run(store.remembered, "how many", count)  # another request, which sees it
+    with store.write() as connection:
+        ensure_organisation(connection, "ours")
+    assert not store.remembers("how many")
+    assert store.remembered("how many", count) == 2
+    with another.write() as connection:
+        ensure_organisation(connection, "theirs, later")
+    store.pin()  # the next request
+    assert store.remembered("how many", count) == 3
+    with store.write():
+        pass  # nothing
+    store.pin()
+    assert store.remembered("how many", count) == 3
+    assert store.remembers("how many")
+    another.close()
+
+
+def test_an_answer_that_a_write_overtakes_is_not_kept(store: Store, database_url: str) -> None:
+    another = Store(database_url, alone=False)
+
+    def overtaken(connection: Connection) -> int:
+        found = count(connection)
+        with another.write() as writing:
+            ensure_organisation(writing, "org")
+        return found
+
+    assert store.remembered("how many", overtaken) == 0
+    assert store.remembered("how many", count) == 1
+    another.close()
+
+
+def test_what_nobody_asks_again_is_forgotten(store: Store) -> None:
+    for number in range(3 * store_module.MOST_REMEMBERED):
+        assert store.remembered(number, lambda _, number=number: number) == number  # type: ignore[misc]
+    assert len(store._memory.answers) <= store_module.MOST_REMEMBERED

@@ -42,6 +42,7 @@ SHAPE = re.compile(
     rf"_([0-9A-Za-z]{{{CHECKSUM_CHARACTERS}}})"
 )
 GRACE = timedelta(hours=24)  # in which a rotated key still works
+A_KEY = "any API key"  # whether there is one, as a question to the store
 LAST_USED_SECONDS = 60.0  # how exactly the time of the last use is known: more often is not written
 
 
@@ -140,8 +141,12 @@ class Keys:
 
     def are_required(self) -> bool:
         """Whether a key was ever made. Revoking the last one does not open the service again."""
-        with self._store.read() as connection:
-            return connection.execute(select(api_keys.c.id).limit(1)).one_or_none() is not None
+        first = select(api_keys.c.id).limit(1)
+        return self._store.remembered(A_KEY, lambda connection: connection.execute(first).one_or_none()) is not None
+
+    def are_known_not_to_be_required(self) -> bool:
+        """Without a look into the database."""
+        return self._store.remembers(A_KEY) and not self.are_required()
 
     def check_secret(self) -> None:
         """Raises Conflict if there are keys and the secret they were made with is gone."""
@@ -247,8 +252,8 @@ class Keys:
         if shape is None or not hmac.compare_digest(_checksum(shape[1]), shape[4]):
             raise _invalid("This is no API key of this service: it is cut off or mistyped.")
         key_id, random = shape[2], shape[3]
-        with self._store.read() as connection:
-            row = connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one_or_none()
+        wanted = select(api_keys).where(api_keys.c.id == key_id)
+        row = self._store.remembered(("key", key_id), lambda connection: connection.execute(wanted).one_or_none())
         secret = self._secret.read()
         if row is None or secret is None or not hmac.compare_digest(row.digest, _digest(secret, key_id, random)):
             raise _invalid("The API key is not known here.")

@@ -125,8 +125,8 @@ class Models:
             wanted = wanted.join(organisations, organisations.c.promoted == model_versions.c.training_id)
         else:
             wanted = wanted.where(model_versions.c.training_id == model_id)
-        with self._store.read() as connection:
-            row = connection.execute(wanted).one_or_none()
+        asked = ("version", org_id, model_id)
+        row = self._store.remembered(asked, lambda connection: connection.execute(wanted).one_or_none())
         if row is None:
             raise _not_found(model_id)
         return self._version(row)
@@ -167,10 +167,10 @@ class Models:
         with self._store.read() as connection:
             return {row for row in connection.execute(select(organisations.c.promoted)).scalars() if row is not None}
 
-    def organisations(self) -> set[str]:
+    def organisations(self) -> frozenset[str]:
         """Those that have a model."""
-        with self._store.read() as connection:
-            return set(connection.execute(select(model_versions.c.org_id).distinct()).scalars())
+        wanted = select(model_versions.c.org_id).distinct()
+        return self._store.remembered("who speaks", lambda connection: frozenset(connection.execute(wanted).scalars()))
 
     def forget(self, org_id: str) -> None:
         """Its folders are gone."""

@@ -103,8 +103,7 @@ class Organisations:
 
     def limits(self, org_id: str) -> Limits:
         """What holds for an organisation, also for one that is not there yet."""
-        with self._store.read() as connection:
-            return self.limits_of(connection, org_id)
+        return self._store.remembered(("limits", org_id), lambda connection: self.limits_of(connection, org_id))
 
     def limits_of(self, connection: Connection, org_id: str) -> Limits:
         row = connection.execute(_of(org_id)).one_or_none()

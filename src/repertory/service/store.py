@@ -8,11 +8,15 @@ never by an earlier look. Nothing is awaited or computed inside a transaction.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+import sqlite3
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -70,6 +74,9 @@ POSTGRESQL_OPTIONS = {
 NOT_NOW: tuple[type[SQLAlchemyError], ...] = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 MIGRATION_LOCK = 8300  # any number that every version of this program knows
 IMPORTS_LOCK = 8301
+MOST_REMEMBERED = 1024  # answers; a version's has its metadata, some kilobytes
+
+T = TypeVar("T")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -211,11 +218,15 @@ class Store:
         url = _url(database_url)
         self._lock_file: TextIO | None = None
         self._held: list[Connection] = []
+        self._writes: _Writes | None = None
+        self._memory = _Memory(0)
+        self._pinned: ContextVar[_Memory | None] = ContextVar("pinned", default=None)
         if url.get_backend_name() == "sqlite":
             if url.database:
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
                 if alone:
                     self._lock_file = _hold_alone(Path(f"{url.database}.lock"))
+                self._writes = _Writes(url.database)
             self._engine = _sqlite(url)
         else:
             self._engine = _postgresql(url)
@@ -230,6 +241,47 @@ class Store:
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
+    def pin(self) -> None:
+        """Let this task, and the threads that work for it, remember what is so now: one look for all that it asks.
+
+        For requests, on the event loop. Threads that each look for themselves wait for each other.
+        """
+        self._pinned.set(self._present_memory())
+
+    def remembered(self, question: Hashable, ask: Callable[[Connection], T]) -> T:
+        """What `ask` reads: read once, and again only after something was written, by whatever process.
+
+        For what every request wants to know. It must not be changed by who gets it. PostgreSQL cannot tell what was
+        written without being asked, so there it is read each time.
+        """
+        memory = self._pinned_memory() or self._present_memory()
+        if memory is None:
+            with self.read() as connection:
+                return ask(connection)
+        if question not in memory.answers:
+            with self.read() as connection:
+                memory.answers[question] = ask(connection)
+        answer: T = memory.answers[question]
+        return answer
+
+    def remembers(self, question: Hashable) -> bool:
+        """Whether nothing need be read to answer it, in a task that has pinned what it remembers."""
+        memory = self._pinned_memory()
+        return memory is not None and question in memory.answers
+
+    def _pinned_memory(self) -> _Memory | None:
+        memory = self._pinned.get()
+        return None if memory is None or memory.is_over else memory
+
+    def _present_memory(self) -> _Memory | None:
+        """None: nothing can be remembered."""
+        seen = None if self._writes is None else self._writes.seen()
+        if seen is None:
+            return None
+        if self._memory.seen != seen or self._memory.is_over or len(self._memory.answers) >= MOST_REMEMBERED:
+            self._memory = _Memory(seen)
+        return self._memory
+
     def find(self, table: Table, row_id: str, org_id: str | None) -> Row[Any] | None:
         """The row with this id, if it is this organisation's (None: anybody's)."""
         wanted = select(table).where(table.c.id == row_id)
@@ -243,6 +295,9 @@ class Store:
         """Commits at the end, rolls back on an exception."""
         with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
+        pinned = self._pinned.get()
+        if pinned is not None:
+            pinned.is_over = True  # who has written sees it
 
     def migrate(self) -> None:
         """Bring the schema to this version of the program. Two processes doing so at once do it one after the other.
@@ -293,9 +348,51 @@ class Store:
     def close(self) -> None:
         for connection in self._held:
             connection.close()
+        if self._writes is not None:
+            self._writes.close()
         self._engine.dispose()
         if self._lock_file is not None:
             self._lock_file.close()
+
+
+@dataclass
+class _Memory:
+    """Answers that hold while `seen` is the last write that was seen. Threads that fill it twice do no harm."""
+
+    seen: int
+    answers: dict[Hashable, Any] = field(default_factory=dict)
+    is_over: bool = False  # a task that has pinned it has written since
+
+
+class _Writes:
+    """The writes to an SQLite file, as a connection sees them that makes none itself.
+
+    https://sqlite.org/pragma.html#pragma_data_version: it looks into shared memory, which takes microseconds.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+
+    def seen(self) -> int | None:
+        """Another number after each commit. None: it cannot be told now."""
+        with self._lock:
+            try:
+                if self._connection is None:
+                    self._connection = sqlite3.connect(
+                        self._path, timeout=0, isolation_level=None, check_same_thread=False
+                    )
+                ((number,),) = self._connection.execute("PRAGMA data_version").fetchall()
+            except sqlite3.Error:
+                return None
+        return int(number)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
 
 def _migrate(connection: Connection) -> None:
