@@ -139,6 +139,18 @@ def test_all_together_are_bounded_and_that_is_nobodys_fault(clock: Clock) -> Non
     }
 
 
+def test_where_nobody_is_let_in_that_is_known_before_anything_else_is(clock: Clock) -> None:
+    admission = Admission(1, clock)
+    admission.check_room()
+    with admission.admit("a", FREE):
+        clock.now += 6.0
+        with pytest.raises(Unavailable) as refused:
+            admission.check_room()
+        assert refused.value.retry_after_seconds == pytest.approx(6.0)
+    admission.check_room()
+    assert admission.refusals["overload"] == 1
+
+
 def test_a_refused_request_takes_nothing(clock: Clock) -> None:
     admission, limited = Admission(1, clock), limits(requests_per_minute=2)
     with admission.admit("a", limited):

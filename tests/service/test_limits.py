@@ -80,6 +80,20 @@ def test_all_together_are_bounded(limited: RunningService) -> None:
     assert generate(limited, "lim-b").status_code == 200
 
 
+def test_where_nobody_is_let_in_the_body_is_not_even_read(limited: RunningService) -> None:
+    def send(path: str) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        return limited.client.post(f"{limited.url}{path}", content=b"no JSON", headers=headers)
+
+    paths = ("/api/v1/generate?org_id=lim-a", "/v1/chat/completions", "/v1/completions")
+    with generating(limited, "lim-a", 2), generating(limited, "lim-b", 1):
+        for path in paths:
+            refused = send(path)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+            assert int(refused.headers["retry-after"]) >= 1
+    assert [send(path).status_code for path in paths] == [400, 400, 400]
+
+
 def test_openais_client_meets_them_as_its_own_exceptions(limited: RunningService) -> None:
     with client_of(limited) as client:
         with generating(limited, "lim-a", 2):

@@ -120,6 +120,10 @@ class Admission:
     def taken(self) -> int:
         return self._all.taken
 
+    def check_room(self) -> None:
+        """Raises Unavailable if nobody is let in now, whoever asks for what."""
+        self._check_all(1, self._clock())
+
     @contextmanager
     def admit(self, org_id: str, limits: Limits, generations: int = 1) -> Iterator[Admitted]:
         """Let a request for so many replies in, which holds their places until it leaves.
@@ -163,6 +167,9 @@ class Admission:
         if missing > 0:
             wait = use.places.wait_seconds(missing, now)
             self._refuse(wait, "concurrent_generations", f"{own} replies at once")
+        self._check_all(generations, now)
+
+    def _check_all(self, generations: int, now: float) -> None:
         missing = self._all.taken + generations - self._max
         if missing > 0:
             self.refusals["overload"] += 1

@@ -67,7 +67,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     guarded = [Depends(authenticated), Depends(strict_query)]
-    for router in (training.router, events.router, datasets.router, inference.router, admin.router):
+    # Routes are tried in their order, and most requests are for replies.
+    for router in (inference.router, training.router, events.router, datasets.router, admin.router):
         app.include_router(router, prefix=PREFIX, dependencies=guarded)
     app.include_router(openai.router, prefix=OPENAI_PREFIX, dependencies=guarded)
     app.include_router(inference.health_router, prefix=PREFIX, dependencies=[Depends(strict_query)])

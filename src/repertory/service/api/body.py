@@ -6,41 +6,41 @@ Duplicate keys, NaN and Infinity, bytes that are no UTF-8, halves of surrogate p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from repertory.errors import ErrorInfo
 from repertory.service.api.errors import ApiError, InvalidRequest, field_names, json_path, problem
 
 MAX_BODY_BYTES = 64 << 20  # 64 MiB, some 100,000 conversations
+SMALL_BODY_BYTES = 16 << 10  # 16 KiB, parsed in less time than it takes to give it to a thread
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def body_of(model: type[Body]) -> Callable[[bytes], Body]:
-    """A dependency: the request's body as `model`.
-
-    It is no coroutine, so it runs in a worker thread: a large body takes a second, in which others are answered.
-    """
+def body_of(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
+    """A dependency: the request's body as `model`."""
     known_fields = field_names(model)
 
-    def parse(raw: Annotated[bytes, Depends(_raw_body)]) -> Body:
+    async def parse(request: Request) -> Body:
+        raw = await _raw_body(request)
         if not raw:
             raise ApiError(400, "invalid_json", "The body is empty.", "Send a JSON object.")
-        return _validated(model, raw, known_fields)
+        return await _parsed(model, raw, known_fields)
 
     return parse
 
 
-def optional_body_of(model: type[Body]) -> Callable[[bytes], Body]:
+def optional_body_of(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
     """The same, where no body at all means an empty one."""
     known_fields = field_names(model)
 
-    def parse(raw: Annotated[bytes, Depends(_raw_body)]) -> Body:
-        return _validated(model, raw or b"{}", known_fields)
+    async def parse(request: Request) -> Body:
+        return await _parsed(model, await _raw_body(request) or b"{}", known_fields)
 
     return parse
 
@@ -68,6 +68,13 @@ def _require_json(content_type: str) -> None:
             "The body is not declared as JSON.",
             'Add -H "Content-Type: application/json".',
         )
+
+
+async def _parsed(model: type[Body], raw: bytes, known_fields: list[str]) -> Body:
+    """In a thread where it takes long: the largest body takes a second, in which others are answered."""
+    if len(raw) <= SMALL_BODY_BYTES:
+        return _validated(model, raw, known_fields)
+    return await run_in_threadpool(_validated, model, raw, known_fields)
 
 
 def _validated(model: type[Body], raw: bytes, known_fields: list[str]) -> Body:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from repertory.connection import unless_disconnected
-from repertory.contracts import GenerateRequest
+from repertory.contracts import BaseKey, GenerateRequest
 from repertory.errors import InvalidInput, JobFailed, RepertoryError, Unauthenticated
 from repertory.service.api.body import body_of, optional_body_of
 from repertory.service.api.deps import (
@@ -31,6 +31,7 @@ from repertory.service.api.errors import error_body
 from repertory.service.api.replies import (
     END,
     OR_EVENTS,
+    ROOM,
     EventStream,
     Piece,
     Voice,
@@ -62,11 +63,13 @@ from repertory.service.models import BASE, LATEST, Version
 from repertory.service.service import Service
 from repertory.settings import Settings
 
+VERSION = version_of("repertory")  # read from a file
+
 router = APIRouter(tags=["inference"])
 health_router = APIRouter(tags=["health"])  # needs no key
 
 
-@router.post("/generate", response_model=Generated, responses=OR_EVENTS)
+@router.post("/generate", response_model=Generated, responses=OR_EVENTS, dependencies=ROOM)
 async def generate(
     request: Request,
     service: ServiceDep,
@@ -201,7 +204,7 @@ def _health(service: Service, mode: Literal["open", "keys"]) -> Health:
         jobs, status = None, "degraded"
     return Health(
         status=status,
-        version=version_of("repertory"),
+        version=VERSION,
         mode=mode,
         cuda_available=device is not None and device.kind == "cuda",
         cuda_device_count=device.count if device is not None and device.kind == "cuda" else 0,
@@ -238,18 +241,21 @@ def _loaded(voice: Voice) -> ModelInfo:
 
 def _voice(service: Service, caller: Caller, org_id: str | None, model_id: str) -> Voice:
     org = organisation(service, caller, org_id)
-    if model_id != BASE:
-        version = service.models.find(org, model_id)
-        return Voice(org_id=org, key=version.key, version=version)
-    promoted = service.models.promoted(org)
+    version = service.models.find(org, model_id) if model_id != BASE else None
+    key = _base_key(service, org) if version is None else version.key
+    return Voice(org_id=org, limits=service.organisations.limits(org), key=key, version=version)
+
+
+def _base_key(service: Service, org_id: str) -> BaseKey:
+    """The base of the organisation's voice, to compare with; of one that has none, the default."""
+    promoted = service.models.promoted(org_id)
     if promoted is not None:
-        return Voice(org_id=org, key=promoted.key, version=None)  # the base of their voice, to compare with
+        return promoted.key
     settings = service.settings
     try:
-        key = service.hosts.key(settings.default_base_model, settings.hyperparameters)
+        return service.hosts.key(settings.default_base_model, settings.hyperparameters)
     except JobFailed as error:
         raise unavailable(error) from error
-    return Voice(org_id=org, key=key, version=None)
 
 
 def _for_host(body: Generate, voice: Voice, settings: Settings, request_id: str) -> GenerateRequest:

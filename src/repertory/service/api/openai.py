@@ -26,6 +26,7 @@ from repertory.service.api.openai_schemas import ChatCompletion, Completing, Tex
 from repertory.service.api.replies import (
     END,
     OR_EVENTS,
+    ROOM,
     EventStream,
     Piece,
     Voice,
@@ -61,7 +62,7 @@ class OpenAIRoute(APIRoute):
 router = APIRouter(tags=["openai"], route_class=OpenAIRoute)
 
 
-@router.post("/chat/completions", responses=OR_EVENTS)
+@router.post("/chat/completions", responses=OR_EVENTS, dependencies=ROOM)
 async def chat_completions(
     request: Request,
     service: ServiceDep,
@@ -75,7 +76,7 @@ async def chat_completions(
     return await _answer(request, service, caller, body, [conversation], body.reply_limit, is_chat=True)
 
 
-@router.post("/completions", responses=OR_EVENTS)
+@router.post("/completions", responses=OR_EVENTS, dependencies=ROOM)
 async def completions(
     request: Request,
     service: ServiceDep,
@@ -261,14 +262,16 @@ def _seed_of_choice(seed: int, at: int) -> int:
 def _voice(service: Service, caller: Caller, model: str) -> Voice:
     """Raises NotFound, or Unavailable where it cannot answer now."""
     org_id, at, training_id = model.partition("@")
+    version: Version | None
     try:
         version = service.models.find(caller.organisation(org_id), training_id if at else LATEST)
+        key = version.key
     except NotFound:
-        return Voice(org_id=caller.org_id or NOBODY, key=_base(service, caller, model), version=None)
+        org_id, version, key = caller.org_id or NOBODY, None, _base(service, caller, model)
     except Unavailable as error:
         error.param = "model"
         raise
-    return Voice(org_id=org_id, key=version.key, version=version)
+    return Voice(org_id=org_id, limits=service.organisations.limits(org_id), key=key, version=version)
 
 
 def _base(service: Service, caller: Caller, model: str) -> BaseKey:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fastapi import Depends
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from repertory.connection import unless_disconnected
 from repertory.contracts import AdapterRef, BaseKey, GenerateRequest, Hyperparameters, TokenChunk
 from repertory.errors import InvalidInput, JobFailed, Unavailable
 from repertory.service.admission import Admitted
+from repertory.service.api.deps import service_of
 from repertory.service.base_model import UNUSABLE
 from repertory.service.host_client import HostClient
 from repertory.service.hosts import Host
 from repertory.service.models import Version
+from repertory.service.organisations import Limits
 from repertory.service.service import Service
 from repertory.settings import Settings
 
@@ -27,6 +31,8 @@ FAILED_HOST_RETRY_SECONDS = 30.0  # its failure is remembered for as long
 DELIVERY_SECONDS = 10.0  # for the rest of a reply whose time is over
 END = "data: [DONE]\n\n"
 OR_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+
+_JSON = json.JSONEncoder(ensure_ascii=False)  # `json.dumps` would make one for each event
 
 Piece = tuple[int, TokenChunk]  # with the index of the reply it belongs to
 
@@ -38,6 +44,7 @@ class Voice:
     """Who answers: a version of an organisation's voice, or the bare base."""
 
     org_id: str
+    limits: Limits  # of the organisation
     key: BaseKey
     version: Version | None
 
@@ -49,6 +56,16 @@ class Voice:
     def answered_by(self) -> str:
         """The version, or the base model with its revision: what a reply can be traced to."""
         return self.key.name if self.version is None else self.version.training_id
+
+
+async def has_room(request: Request) -> None:
+    """Raises Unavailable where everybody would be refused: then most requests are, so it is done before anything is
+    read or looked up for them.
+    """
+    (await service_of(request)).admission.check_room()
+
+
+ROOM = [Depends(has_room)]
 
 
 def allowed_seconds(settings: Settings, asked: float | None) -> float:
@@ -104,9 +121,8 @@ async def replies(service: Service, voice: Voice, requests: Sequence[GenerateReq
 
     What can be refused is refused before the first piece: limits and overload, and by the host.
     """
-    limits = await run_in_threadpool(service.organisations.limits, voice.org_id)
     with (
-        service.admission.admit(voice.org_id, limits, len(requests)) as admitted,
+        service.admission.admit(voice.org_id, voice.limits, len(requests)) as admitted,
         ready_host(service, voice.key) as host,
     ):
         async with aclosing(_merged([_reply(service, host, one, admitted) for one in requests])) as pieces:
@@ -165,8 +181,9 @@ class EventStream(StreamingResponse):
         self._timeout_seconds = timeout_seconds + DELIVERY_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._source), asyncio.timeout(self._timeout_seconds):
-            await super().__call__(scope, receive, send)
+        with suppress(ClientDisconnect):
+            async with aclosing(self._source), asyncio.timeout(self._timeout_seconds):
+                await unless_disconnected(Request(scope, receive), self.stream_response(send))
 
 
 async def chain(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T]:
@@ -176,7 +193,7 @@ async def chain(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T]:
 
 
 def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {_JSON.encode(data)}\n\n"
 
 
 def unavailable(error: JobFailed) -> Unavailable:
