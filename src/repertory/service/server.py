@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -59,6 +60,7 @@ def serve() -> int:
         except OSError as error:
             refused = StorageFailed.of(error)
             return _say_no(f"{refused.message}. {refused.cure}")
+        _leave_to_stay()
         log.info("listening", url=f"http://{present.host}:{listener.getsockname()[1]}")
         server = _Server(
             uvicorn.Config(
@@ -103,6 +105,12 @@ def _allow_open_files() -> None:
     """As many as the system lets this user have: connections are files, and the usual 1,024 are soon used up."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _leave_to_stay() -> None:
+    """What there is now stays to the end, and looking through it for what is unused takes longer than most requests."""
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(present: Settings) -> socket.socket:
