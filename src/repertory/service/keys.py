@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import Connection, Row, Select, insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from repertory.errors import Conflict, InvalidInput, NotFound, Unauthenticated
@@ -141,8 +141,7 @@ class Keys:
 
     def are_required(self) -> bool:
         """Whether a key was ever made. Revoking the last one does not open the service again."""
-        first = select(api_keys.c.id).limit(1)
-        return self._store.remembered(A_KEY, lambda connection: connection.execute(first).one_or_none()) is not None
+        return self._store.remembered(A_KEY, _is_any)
 
     def are_known_not_to_be_required(self) -> bool:
         """Without a look into the database."""
@@ -202,7 +201,7 @@ class Keys:
 
     def get(self, key_id: str, org_id: str | None = None) -> Key:
         """The key, if it is this organisation's (None: anybody's). Raises NotFound."""
-        wanted = select(api_keys).where(api_keys.c.id == key_id)
+        wanted = _of(key_id)
         if org_id is not None:
             wanted = wanted.where(api_keys.c.org_id == org_id)
         with self._store.read() as connection:
@@ -252,8 +251,7 @@ class Keys:
         if shape is None or not hmac.compare_digest(_checksum(shape[1]), shape[4]):
             raise _invalid("This is no API key of this service: it is cut off or mistyped.")
         key_id, random = shape[2], shape[3]
-        wanted = select(api_keys).where(api_keys.c.id == key_id)
-        row = self._store.remembered(("key", key_id), lambda connection: connection.execute(wanted).one_or_none())
+        row = self._store.remembered(("key", key_id), lambda connection: connection.execute(_of(key_id)).one_or_none())
         secret = self._secret.read()
         if row is None or secret is None or not hmac.compare_digest(row.digest, _digest(secret, key_id, random)):
             raise _invalid("The API key is not known here.")
@@ -271,6 +269,14 @@ class Keys:
                 connection.execute(update(api_keys).where(api_keys.c.id == key.id).values(last_used_at=now()))
         except OperationalError as error:  # a full disk must not keep voices from answering
             log.warning("the last use of a key was not noted", key_id=key.id, reason=str(error.orig))
+
+
+def _is_any(connection: Connection) -> bool:
+    return connection.execute(select(api_keys.c.id).limit(1)).one_or_none() is not None
+
+
+def _of(key_id: str) -> Select[Any]:
+    return select(api_keys).where(api_keys.c.id == key_id)
 
 
 def organisation_not_found() -> NotFound:

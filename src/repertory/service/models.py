@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, Select, select, update
+from sqlalchemy import Connection, Row, Select, select, update
 
 from repertory import manifest
 from repertory.contracts import AdapterRef, BaseKey, Hyperparameters
@@ -120,13 +120,9 @@ class Models:
 
     def look_up(self, org_id: str, model_id: str) -> Version:
         """The version, whatever its folder is like. Raises NotFound."""
-        wanted = _of_organisation(org_id)
-        if model_id == LATEST:
-            wanted = wanted.join(organisations, organisations.c.promoted == model_versions.c.training_id)
-        else:
-            wanted = wanted.where(model_versions.c.training_id == model_id)
-        asked = ("version", org_id, model_id)
-        row = self._store.remembered(asked, lambda connection: connection.execute(wanted).one_or_none())
+        row = self._store.remembered(
+            ("version", org_id, model_id), lambda connection: connection.execute(_named(org_id, model_id)).one_or_none()
+        )
         if row is None:
             raise _not_found(model_id)
         return self._version(row)
@@ -147,7 +143,7 @@ class Models:
     def promote(self, org_id: str, training_id: str) -> Version:
         """Have this version answer as `latest`. Raises NotFound, or Unavailable if its folder is damaged."""
         version = self.find(org_id, training_id)
-        wanted = _of_organisation(org_id).where(model_versions.c.training_id == version.training_id)
+        wanted = _named(org_id, version.training_id)
         with self._store.write() as connection:
             if connection.execute(wanted).one_or_none() is None:  # its organisation is being deleted
                 raise _not_found(training_id)
@@ -169,8 +165,7 @@ class Models:
 
     def organisations(self) -> frozenset[str]:
         """Those that have a model."""
-        wanted = select(model_versions.c.org_id).distinct()
-        return self._store.remembered("who speaks", lambda connection: frozenset(connection.execute(wanted).scalars()))
+        return self._store.remembered("who speaks", _who_speaks)
 
     def forget(self, org_id: str) -> None:
         """Its folders are gone."""
@@ -206,8 +201,15 @@ class Models:
         return damage
 
 
-def _of_organisation(org_id: str) -> Select[Any]:
-    return select(model_versions).where(model_versions.c.org_id == org_id)
+def _named(org_id: str, model_id: str) -> Select[Any]:
+    theirs = select(model_versions).where(model_versions.c.org_id == org_id)
+    if model_id == LATEST:
+        return theirs.join(organisations, organisations.c.promoted == model_versions.c.training_id)
+    return theirs.where(model_versions.c.training_id == model_id)
+
+
+def _who_speaks(connection: Connection) -> frozenset[str]:
+    return frozenset(connection.execute(select(model_versions.c.org_id).distinct()).scalars())
 
 
 def _without_samples_in(content: bytes) -> bytes:
