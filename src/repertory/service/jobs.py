@@ -31,6 +31,7 @@ from repertory.service.quotas import Quotas
 from repertory.service.store import Store, job_events, jobs, metrics, now, organisations
 
 KIND = "train_"  # how the ids begin
+COUNTS = "jobs that have not ended"  # by status, as a question to the store
 FEW_CONVERSATIONS = 100  # below this a voice is seldom caught, and the job says so
 
 
@@ -45,6 +46,7 @@ class Status(StrEnum):
 
 
 ACTIVE = (Status.PREPARING, Status.RUNNING, Status.EVALUATING)  # some process holds the lease
+_BY_STATUS = select(jobs.c.status, func.count()).group_by(jobs.c.status)
 TERMINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)  # never left again
 COMES_FROM: Mapping[Status, tuple[Status, ...]] = MappingProxyType(
     {
@@ -244,17 +246,16 @@ class Jobs:
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each status that is not terminal."""
-        counted = select(jobs.c.status, func.count()).where(jobs.c.status.not_in(TERMINAL)).group_by(jobs.c.status)
-        return self._counted(counted, (Status.QUEUED, *ACTIVE))
+        return self._store.remembered(COUNTS, _counts)
+
+    def are_counted(self) -> bool:
+        """Whether `counts` knows it without a look into the database."""
+        return self._store.remembers(COUNTS)
 
     def counts_of_all(self) -> dict[str, int]:
         """How many jobs are in each status."""
-        return self._counted(select(jobs.c.status, func.count()).group_by(jobs.c.status), tuple(Status))
-
-    def _counted(self, query: Select[Any], statuses: Sequence[Status]) -> dict[str, int]:
         with self._store.read() as connection:
-            found = {row[0]: row[1] for row in connection.execute(query)}
-        return {status: found.get(status, 0) for status in statuses}
+            return _counted(connection, _BY_STATUS, tuple(Status))
 
     def tokens_per_second(self) -> float:
         """Of all runs that learn now together, each at its last step."""
@@ -426,6 +427,15 @@ def tell(connection: Connection, job_id: str, kind: str, data: dict[str, Any]) -
     last = select(func.coalesce(func.max(job_events.c.seq), 0)).where(job_events.c.job_id == job_id)
     seq = connection.execute(last).scalar_one() + 1
     connection.execute(insert(job_events).values(job_id=job_id, seq=seq, at=now(), kind=kind, data=data))
+
+
+def _counts(connection: Connection) -> dict[str, int]:
+    return _counted(connection, _BY_STATUS.where(jobs.c.status.not_in(TERMINAL)), (Status.QUEUED, *ACTIVE))
+
+
+def _counted(connection: Connection, query: Select[Any], statuses: Sequence[Status]) -> dict[str, int]:
+    found = {row[0]: row[1] for row in connection.execute(query)}
+    return {status: found.get(status, 0) for status in statuses}
 
 
 def request_hash(canonical_request: str) -> str:

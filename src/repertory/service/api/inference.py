@@ -182,8 +182,15 @@ def list_models(service: ServiceDep, caller: MayRead, org_id: OrgIdPath) -> Mode
 
 
 @health_router.get("/health")
-def health(request: Request, service: ServiceDep) -> Health | HealthStatus:
+async def health(request: Request, service: ServiceDep) -> Health | HealthStatus:
     """How it is; with API keys in use, to the operator's keys alone more than the status."""
+    service.store.pin()
+    if service.keys.are_known_not_to_be_required() and service.jobs.are_counted():
+        return _health_for(request, service)
+    return await run_in_threadpool(_health_for, request, service)
+
+
+def _health_for(request: Request, service: Service) -> Health | HealthStatus:
     try:
         required, caller = service.keys.are_required(), caller_of(request, service)
     except (Unauthenticated, SQLAlchemyError):
