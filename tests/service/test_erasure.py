@@ -7,7 +7,9 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,30 @@ def test_a_submit_that_a_whole_deletion_overtakes_is_refused(idle: Service, monk
         idle.jobs.submit(submission())
     assert refused.value.code == "organisation_deleted"
     assert idle.jobs.of_organisation("org") == []
+
+
+def test_it_is_answered_when_the_traces_in_the_database_are_gone_too(
+    idle: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle.organisations.create("org")
+    scrubbing, go_on = threading.Event(), threading.Event()
+
+    def scrub() -> None:
+        scrubbing.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(idle.store, "scrub", scrub)
+    idle.erasure.start()
+    with ThreadPoolExecutor(1) as caller:
+        deleted = caller.submit(idle.erasure.delete, "org")
+        assert scrubbing.wait(60)
+        assert not is_there(idle.store, "org")
+        with pytest.raises(TimeoutError):
+            deleted.result(timeout=0.5)
+        go_on.set()
+        deleted.result(timeout=60)
+    idle.erasure.stop()
+    idle.erasure.join()
 
 
 def test_deleting_the_only_keys_opens_nothing(idle: Service) -> None:

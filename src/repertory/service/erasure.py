@@ -63,6 +63,7 @@ class Erasure:
         self._hosts = hosts
         self._cancel = cancel  # returns when the run has really stopped
         self._roots = roots  # each has a folder of the organisation
+        self._erased: str | None = None  # whose turn it is
         self._stopping = threading.Event()
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._work, name="erasure", daemon=True)
@@ -83,7 +84,7 @@ class Erasure:
         ask(self._store, org_id)
         self._woken.set()
         deadline = monotonic() + WAIT_SECONDS
-        while is_there(self._store, org_id):
+        while is_there(self._store, org_id) or self._erased == org_id:  # its rows go before their traces
             if monotonic() > deadline or self._stopping.wait(WAIT_LOOK_SECONDS):
                 raise Unavailable("The organisation is still being deleted.", code="still_deleting")
 
@@ -116,11 +117,13 @@ class Erasure:
                 log.error("no look at deletions, the database does not answer", reason=reason(error))
                 waiting = []
             for org_id in waiting:
+                self._erased = org_id
                 try:
                     self.erase(org_id)
                     log.info("organisation deleted")
                 except Exception as error:  # a run that is slow to stop, a disk that refuses: it is tried again
                     log.error("a deletion was cut off and will go on", **without_text(error))
+                self._erased = None
             self._woken.wait(LOOK_SECONDS)
 
     def _end(self, job: Job) -> None:
