@@ -149,6 +149,18 @@ def test_the_number_of_threads_changes_no_bit(
     assert torch.equal(step_of(other, PROMPTS, voices(other)), expected)
 
 
+def test_more_voices_than_it_keeps_tables_of_come_and_go(load_base: LoadBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base("llama-gqa", "bf16")
+    assert base.decoder is not None
+    chosen = voices(base)
+    expected = step_of(base, PROMPTS, chosen)
+    monkeypatch.setattr(decoder_module, "MOST_TABLES", 2)
+    assert torch.equal(step_of(base, PROMPTS, chosen), expected)
+    assert len(base.decoder._tables) == 2
+    del chosen
+    assert not base.decoder._tables  # nor of those that are gone
+
+
 @pytest.mark.parametrize(("family", "quantization"), [("gemma2", "none"), ("phi", "none"), ("llama", "8bit")])
 def test_what_it_is_not_made_for_goes_through_the_general_pass(
     load_base: LoadBase, family: str, quantization: str

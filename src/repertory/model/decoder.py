@@ -123,11 +123,10 @@ class Decoder:
         return torch.from_numpy(memory[7])
 
     def _table(self, voice: Adapter) -> _Table:
-        table = self._tables.get(voice)
-        if table is None:
-            if len(self._tables) >= MOST_TABLES:
-                self._tables.clear()
-            table = self._tables[voice] = _Table.of(voice, self.blocks)
+        table = self._tables.pop(voice, None) or _Table.of(voice, self.blocks)
+        self._tables[voice] = table  # as the last one to go
+        while len(self._tables) > MOST_TABLES:
+            del self._tables[next(iter(self._tables))]
         return table
 
     def _voices(self, tables: list[_Table]) -> tuple[Any, ...]:
