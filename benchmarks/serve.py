@@ -39,6 +39,7 @@ from repertory.data.render import Renderer
 from repertory.model import base as base_module
 from repertory.model import bundled
 from repertory.model.weights import fingerprint, locate
+from repertory.service.host_process import LARGE_PAGES
 from repertory.settings import settings
 
 NEW_TOKENS = 64
@@ -150,7 +151,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("wb"),
-            env=os.environ | {"OMP_NUM_THREADS": str(cores)},
+            env=(LARGE_PAGES if system == "repertory" else {}) | os.environ | {"OMP_NUM_THREADS": str(cores)},
             text=True,
         )
         self.version: str = self._answer()["version"]

@@ -33,6 +33,8 @@ COLUMNS = 4  # outputs at a time; `_sums` is written for four
 RANK_MULTIPLE = 16  # of the adapters' ranks
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _Q, _K, _V, _O, _GATE, _UP, _DOWN = range(len(PROJECTIONS))
+LINE_BYTES = 64  # of a cache
+VOICE_BLOCKS_AHEAD = 4  # as below, of the voices' B
 BLOCKS_AHEAD = 2  # the rows of W that are fetched from memory while others are multiplied
 SPINS = 20_000  # of a thread that waits for the others, before it lets another process have the core
 
@@ -140,6 +142,9 @@ class _Dots:
             size = 2 if self.has_half_weights else 4
             begin = b.add(Bs[first], b.mul(b.mul(output, rank[first]), _number(size)))
             B = b.inttoptr(begin, w.type)
+            for line in range(0, COLUMNS * RANK_MULTIPLE * size, LINE_BYTES):
+                ahead = b.mul(rank[first], _number(VOICE_BLOCKS_AHEAD * COLUMNS * size))
+                self.prefetch(b.inttoptr(b.add(begin, b.add(ahead, _number(line))), w.type))
 
             def corrections(sums, at):
                 places = [b.add(b.mul(rank[first], _number(c)), at) for c in range(COLUMNS)]

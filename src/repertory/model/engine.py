@@ -40,7 +40,7 @@ class Engine:
         self.cache_bytes = int(free * CACHE_SHARE)
         self.prefixes: PrefixCache[torch.Tensor] = PrefixCache(int(free * PREFIX_SHARE))  # blocks (L, 2, G, T, D)
         # A step should take about as long as a reader waits between two words.
-        step_tokens = 2048 if base.device.type == "cuda" else 128
+        step_tokens = 2048 if base.device.type == "cuda" else 256
         self.scheduler = Scheduler(MAX_ROWS, step_tokens, self._fits, slots)
 
     @property

@@ -11,6 +11,7 @@ Shapes: N tokens, r rank, in_features and out_features of the layer.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from repertory.model.adapter import Adapter
 from repertory.model.layers import Siblings
+
+MOST_ALONE = 32  # voices that read prompts whose weights are kept side by side: as many as there are rows
+TOKEN_MULTIPLE = 16  # oneDNN plans each new shape of a product, for about a millisecond
 
 
 @dataclass
@@ -189,19 +193,15 @@ class Serving:
             corrected[:rows].addmm_(low_rank, B)
         begin = rows
         for voice, count in self.chunks:
-            span = slice(begin, begin + count)
-            if voice is not None:
-                _correct(corrected[span], tokens[span], siblings, voice)
-            begin = span.stop
+            alone = None if voice is None else self.stacks.alone(voice, siblings)
+            if alone is not None:
+                # Some tokens more are multiplied than the voice has, so that products have few different shapes.
+                A, B = alone
+                padded = -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+                correction = F.linear(tokens[begin : begin + padded], A) @ B
+                corrected[begin : begin + count].add_(correction[:count])
+            begin += count
         return y
-
-
-def _correct(y: Tensor, x: Tensor, siblings: Siblings, voice: Adapter) -> None:
-    """The tokens of one voice, in place. With so many a token's share of starting a product for each layer is small."""
-    for layer, columns in zip(siblings.layers, siblings.slices, strict=True):
-        if layer.name in voice.A:
-            low_rank = F.linear(x, voice.A[layer.name])
-            y[:, columns].addmm_(low_rank, voice.B[layer.name].t(), alpha=voice.config.scaling)
 
 
 class AdapterStacks:
@@ -212,6 +212,7 @@ class AdapterStacks:
     def __init__(self) -> None:
         self.voices: list[Adapter] = []  # by seat; some of them may decode no more
         self._stacks: dict[str, _Stack] = {}
+        self._alone: OrderedDict[Adapter, dict[str, tuple[Tensor, Tensor] | None]] = OrderedDict()
 
     def seat(self, voices: Sequence[Adapter]) -> None:
         """Seat all of these. The others leave their seats to them, and altogether when they are the most."""
@@ -241,13 +242,26 @@ class AdapterStacks:
             stack = self._stacks[name] = _Stack(siblings, seats, rank, self.voices[0])
         return stack.of(self.voices)
 
+    def alone(self, voice: Adapter, siblings: Siblings) -> tuple[Tensor, Tensor] | None:
+        """As `of`, for one voice that reads its prompt."""
+        weights = self._alone.setdefault(voice, {})
+        self._alone.move_to_end(voice)
+        if len(self._alone) > MOST_ALONE:
+            self._alone.popitem(last=False)
+        name = siblings.layers[0].name
+        if name not in weights:
+            weights[name] = _Stack(siblings, 1, voice.config.rank, voice).of([voice])
+        return weights[name]
+
     def forget(self, adapter: Adapter) -> None:
-        """It decodes no more."""
+        """It takes part no more."""
         if adapter in self.voices:
             self.clear()
+        self._alone.pop(adapter, None)
 
     def clear(self) -> None:
         self.voices, self._stacks = [], {}
+        self._alone.clear()
 
 
 class _Stack:

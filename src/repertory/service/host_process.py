@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ from repertory.service.host_client import HostClient
 STOP_GRACE_SECONDS = 8.0  # for a checkpoint's last bytes; then it is killed
 
 
+# Large pages for what malloc takes, where the kernel gives them to who asks: on a CPU all that reads weights is faster
+# (`docs/log.md`). glibc reads it when a process begins.
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
 class HostProcess:
     def __init__(self, module: str, base_model: str, key: BaseKey | None, socket: Path) -> None:
         """Start it. The kernel ends it with the *thread* that runs this, so that thread must outlive it."""
@@ -20,8 +26,9 @@ class HostProcess:
         command = [sys.executable, "-m", module, "--socket", str(socket), "--base-model", base_model]
         if key is not None:
             command += ["--quantization", key.quantization, "--dtype", key.dtype]
+        environment = LARGE_PAGES | os.environ
         # Its own process group: Ctrl-C in a terminal reaches the service alone, which then stops its hosts in order.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0, env=environment)
 
     @property
     def pid(self) -> int:
