@@ -1,4 +1,4 @@
-"""The next token's logits of decoding rows, for Llama-type models on a CPU, some three times as fast as through torch.
+"""The next token's logits of decoding rows, for Llama-type models on a CPU, several times as fast as through torch.
 
 The arithmetic is in `decoding_kernel`; here its arguments are put together. Weights, adapters and the cache stay where
 they are: what is handed over is their addresses.

@@ -1,6 +1,6 @@
 """A decoding step of a Llama-type model on a CPU as one compiled function: `step`.
 
-torch starts some fifty operations a block and reads 16-bit weights at a third of the rate that memory gives. Here all
+torch starts some fifty operations a block and reads 16-bit weights far below the rate that memory gives. Here all
 threads go through the blocks together, each with its share of the rows or of the outputs, and meet in between.
 
 The innermost loop, `dots`, is written as LLVM vectors, so that it takes the processor's bf16 products where it has them
