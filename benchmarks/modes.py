@@ -25,6 +25,7 @@ from rich.table import Table
 from repertory.contracts import BUNDLED_MODEL, GenerateRequest, Hyperparameters, RunSpec
 from repertory.data.conversations import Message
 from repertory.model.general_chats import general_chats
+from repertory.service.host_process import LARGE_PAGES
 from repertory.settings import settings
 
 MODES = [("none", "fp32"), ("none", "bf16"), ("8bit", "bf16"), ("4bit", "bf16")]
@@ -50,7 +51,7 @@ class Host:
         self.socket = socket = folder / "host.sock"
         command = [sys.executable, "-m", "repertory.model.host", "--socket", str(socket), "--base-model", BUNDLED_MODEL]
         command += ["--quantization", quantization, "--dtype", dtype]
-        environment = os.environ | {"MODEL_CACHE_DIR": str(settings().model_cache_dir.resolve())} | limits
+        environment = LARGE_PAGES | os.environ | {"MODEL_CACHE_DIR": str(settings().model_cache_dir.resolve())} | limits
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=folder)
         transport = httpx.HTTPTransport(uds=str(socket), retries=10)
         self.client = httpx.Client(transport=transport, base_url="http://host", timeout=PATIENCE_SECONDS)
