@@ -4,8 +4,8 @@ torch starts some fifty operations a block and reads 16-bit weights far below th
 threads go through the blocks together, each with its share of the rows or of the outputs, and meet in between.
 
 The innermost loop, `dots`, is written as LLVM vectors, so that it takes the processor's bf16 products where it has them
-and adds up in the same order whoever else is in the batch: a row's logits are the same bits in every batch. It stays in this file
-because numba takes compiled code from its cache as long as the file of a function, and no other, has not changed.
+and adds up in the same order whoever else is in the batch: a row's logits are the same bits in every batch. It stays in
+this file because numba takes compiled code from its cache while the file of a function, and no other, is unchanged.
 
 Shapes: L layers, N rows, H hidden size, D head size, V vocabulary.
 """
