@@ -30,6 +30,20 @@ def eventually(check: Callable[[], Any]) -> Any:
     return value
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
+
+
+def has_argument(process: psutil.Process, argument: str) -> bool:
+    try:
+        return argument in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
 class RunningService:
     """`python -m src.main` in a folder of its own."""
 
@@ -72,11 +86,14 @@ class RunningService:
         return self
 
     def hosts(self) -> list[psutil.Process]:
+        return [child for child in psutil.Process(self.process.pid).children() if lives(child)]
+
+    def preparers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if has_argument(child, "repertory.data.preparation.worker")]
 
     def host_of(self, base_model: str) -> psutil.Process | None:
-        return next((host for host in self.hosts() if base_model in host.cmdline()), None)
+        return next((host for host in self.hosts() if has_argument(host, base_model)), None)
 
     def train(self, org_id: str, **fields: Any) -> str:
         body = {"org_id": org_id, "conversations": [CONVERSATION], **fields}

@@ -17,6 +17,7 @@ import pytest
 from repertory.contracts import BUNDLED_MODEL, AdapterRef
 from repertory_fixtures import MakeSpec, conversation
 from running_host import DEADLINE_SECONDS, RunningHost, eventually, request
+from running_service import lives
 
 
 @pytest.fixture(scope="module")
@@ -192,4 +193,4 @@ def test_no_host_outlives_its_service(cache: Path, tmp_path: Path) -> None:
         service.kill()
         service.wait()
         service.stdout.close()
-        eventually(lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE)
+        eventually(lambda: not lives(host))

@@ -19,10 +19,9 @@ import exports
 from repertory import cli
 from repertory.data.history import Entry
 from repertory.service.api.upload import file_name
-from running_service import CONVERSATION, RunningService, eventually
+from running_service import CONVERSATION, RunningService, eventually, lives
 
 Start = Callable[..., RunningService]
-WORKER = "repertory.data.preparation.worker"
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +83,9 @@ def imported(service: RunningService, path: Path, org_id: str = "a", **fields: A
 
 def worker(service: RunningService) -> psutil.Process | None:
     """The process that prepares, stopped where it is."""
-    for child in psutil.Process(service.process.pid).children():
-        if WORKER in child.cmdline():
-            child.send_signal(signal.SIGSTOP)
-            return child
+    for preparer in service.preparers():
+        preparer.send_signal(signal.SIGSTOP)
+        return preparer
     return None
 
 
@@ -370,7 +368,7 @@ def test_an_accepted_export_survives_kill_9_and_its_worker_does_not(start_servic
     busy = eventually(lambda: worker(service))
     assert service.client.get(f"/datasets/{first}").json()["status"] == "preparing"
     service.kill()
-    eventually(lambda: not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not lives(busy))
     # As if it had died between the row and the names of the folders.
     folder = service.folder / "models/datasets/a"
     (folder / second).rename(folder / f"{second}.pending")
@@ -532,7 +530,7 @@ def test_deleting_words_survives_kill_9(start_service: Start, export: Path) -> N
     refused = service.client.delete("/datasets/consent?org_id=a&author=ana")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "dataset_not_ready")
     service.kill()
-    eventually(lambda: not busy.is_running() or busy.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: not lives(busy))
     folder = service.folder / "models/datasets/a" / dataset_id
     assert (folder / "forget.json").exists()
     service.start()

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from repertory.service.datasets import Datasets
 from repertory.service.jobs import Job, Jobs
 from repertory.service.store import Store
-from running_service import RunningService, eventually
+from running_service import RunningService, eventually, lives
 from unlimited import unlimited
 
 Start = Callable[..., RunningService]
@@ -78,7 +77,7 @@ def test_kill_9_leaves_no_host(start_service: Start) -> None:
     hosts = service.hosts()
     assert hosts
     service.kill()
-    eventually(lambda: not any(host.is_running() and host.status() != psutil.STATUS_ZOMBIE for host in hosts))
+    eventually(lambda: not any(lives(host) for host in hosts))
 
 
 # Stops
@@ -125,7 +124,7 @@ def test_a_second_sigterm_ends_it_at_once(start_service: Start) -> None:
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(20) == 128 + signal.SIGTERM
     assert time.monotonic() - began < 2
-    eventually(lambda: not any(host.is_running() and host.status() != psutil.STATUS_ZOMBIE for host in hosts))
+    eventually(lambda: not any(lives(host) for host in hosts))
 
 
 def test_ctrl_c_is_a_stop(start_service: Start) -> None:

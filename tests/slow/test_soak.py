@@ -31,7 +31,7 @@ from repertory import manifest
 from repertory.service.datasets import Datasets
 from repertory.service.jobs import ACTIVE, COMES_FROM, TERMINAL, Jobs, Status
 from repertory.service.store import Store, metrics
-from running_service import CONVERSATION, RunningService, eventually
+from running_service import CONVERSATION, RunningService, eventually, lives
 from unlimited import unlimited
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60")) / 2  # on each database
@@ -257,17 +257,10 @@ class Soak:
         for service in self.services:
             self.note_processes()
             assert service.stop() == 0
-        eventually(lambda: not [one for one in self.processes if _lives(one)])
+        eventually(lambda: not [one for one in self.processes if lives(one)])
         assert list(temporary.iterdir()) == []
         assert [path for path in self.disk.rglob("*") if path.name.endswith((".tmp", ".pending"))] == []
         assert list(self.disk.glob("checkpoints/*/*")) == []
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager

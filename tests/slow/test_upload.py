@@ -10,7 +10,6 @@ import re
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from running_service import RunningService
@@ -45,7 +44,7 @@ def test_a_large_upload_takes_little_memory(persona: list[str], status: str, tmp
         at = f"/datasets/{sent.json()['dataset_id']}"
         worker = 0
         while (dataset := service.client.get(at).json())["status"] in ("queued", "preparing"):
-            worker = max([worker, *(_peak_bytes(pid) for pid in _workers(service))])
+            worker = max([worker, *(_peak_bytes(preparer.pid) for preparer in service.preparers())])
             time.sleep(0.2)
         assert dataset["status"] == status, dataset
         grown = _peak_bytes(service.process.pid) - before
@@ -60,15 +59,10 @@ def test_a_large_upload_takes_little_memory(persona: list[str], status: str, tmp
         service.kill()
 
 
-def _workers(service: RunningService) -> list[int]:
-    children = psutil.Process(service.process.pid).children()
-    return [child.pid for child in children if "repertory.data.preparation.worker" in child.cmdline()]
-
-
 def _peak_bytes(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:  # it has ended
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(found[1]) * 1024 if found else 0
