@@ -14,7 +14,7 @@ import torch
 from numba import njit
 
 from repertory.model import decoder as decoder_module
-from repertory.model import decoding_kernel as kernel
+from repertory.model import decoding_kernel, kernel
 from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base
 from repertory.model.decoder import Decoder
@@ -187,7 +187,7 @@ def as_fp32(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 @njit  # type: ignore[untyped-decorator]
 def some_dots(rows: int, w: Any, x: Any, out: Any, bs: Any, ranks: Any, low: Any, output: int) -> None:
     count = w.shape[1]
-    kernel.dots(
+    decoding_kernel.dots(
         rows,
         kernel.pointer(kernel.address(w, 0), w),
         kernel.pointer(kernel.address(x, 0), x),
@@ -211,7 +211,7 @@ HALVES = [(False, False), (True, False)] + [(True, True)] * kernel.HAS_BF16_PROD
 def test_products_and_corrections_of_every_shape(half_weights: bool, half_inputs: bool) -> None:
     random = np.random.default_rng(0)
     for count in (4, 12, 16, 20, 32, 48, 64, 576):
-        for rows in range(1, kernel.MOST_ROWS + 1):
+        for rows in range(1, decoding_kernel.MOST_ROWS + 1):
             for rank in (0, 16, 48):
                 w, x, B, low = (
                     random.normal(size=shape).astype(np.float32)

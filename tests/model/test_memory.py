@@ -13,7 +13,7 @@ import tiny
 from repertory.contracts import BaseKey, Device, EstimateRequest, Hyperparameters
 from repertory.data.render import NO_LABEL, Row
 from repertory.errors import DataUnusable, InsufficientMemory
-from repertory.model import attention, memory, microbatch
+from repertory.model import attention, crossentropy, memory
 from repertory.model import base as base_module
 from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.base import Base, Outline
@@ -107,7 +107,7 @@ def test_optimizer_and_gradients_are_counted_from_the_rank() -> None:
 
 
 def test_the_logits_of_a_chunk_are_counted_as_they_are_cut() -> None:
-    assert memory.LOGITS_POSITIONS == microbatch.LOGITS_CHUNK
+    assert memory.LOGITS_POSITIONS == crossentropy.CHUNK
 
 
 LARGE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -59,6 +59,11 @@ class Scoring:
 _layout: Layout | None = None
 
 
+def current_layout() -> Layout:
+    assert _layout is not None, "a forward pass outside layout_in_force"
+    return _layout
+
+
 @contextmanager
 def layout_in_force(layout: Layout) -> Iterator[None]:
     global _layout
@@ -85,14 +90,14 @@ def packed_attention(
     is_causal: bool | None = None,
 ) -> tuple[Tensor, None]:
     """The function that the model's attention layers call. Returns (1, N, H, D)."""
-    assert _layout is not None, "a forward pass outside layout_in_force"
+    layout = current_layout()
     if attention_mask is not None or dropout or is_causal is False:
         raise TypeError("attention with a mask of its own, with dropout or to later tokens")
     how = Scoring(
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5, window=sliding_window, softcap=softcap
     )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return _layout.attend(layer, query, key, value, how).transpose(1, 2), None
+    return layout.attend(layer, query, key, value, how).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
@@ -173,14 +178,14 @@ class PackedRows:
         return torch.cat(spans).to(self.device)
 
     @property
-    def _longest(self) -> int:
+    def longest(self) -> int:
         """T, rounded up: few different shapes, as for whole batches (`base.padded_length`)."""
         return -(-max(self.lengths) // ROW_PADDING) * ROW_PADDING
 
     @cached_property
     def _spread(self) -> Tensor:
         """(R * T,) index of each row's tokens among those after the prefix; past its end a row repeats its last."""
-        longest = self._longest
+        longest = self.longest
         rows, first = [], 0
         for length in self.lengths:
             rows.append(first + torch.arange(longest).clamp(max=length - 1))
@@ -188,9 +193,9 @@ class PackedRows:
         return torch.cat(rows).to(self.device)
 
     @cached_property
-    def _gather(self) -> Tensor:
+    def gather(self) -> Tensor:
         """(N - P,) index of each token after the prefix among the R * T places."""
-        longest = self._longest
+        longest = self.longest
         spans = [row * longest + torch.arange(length) for row, length in enumerate(self.lengths)]
         return torch.cat(spans).to(self.device)
 
@@ -199,7 +204,7 @@ class PackedRows:
         G, R, P = key.shape[1], len(self.lengths), self.prefix
         if R <= 1:  # a single row is the prefix's plain continuation, and padding comes after it
             return causal_attention(query, key, value, H // G, how)
-        T, after = self._longest, sum(self.lengths)
+        T, after = self.longest, sum(self.lengths)
         # Split at once and joined at once: the gradient of a slice would fill the whole with zeros, for each slice.
         parts = [torch.split(each, [P, after, N - P - after], dim=2) for each in (query, key, value)]
         (query_P, query_R, padding), (key_P, key_R, _), (value_P, value_R, _) = parts
@@ -207,7 +212,7 @@ class PackedRows:
         def rows(packed: Tensor) -> Tensor:
             """(1, heads, N - P, D) -> (R, heads, T, D)"""
             tokens = packed[0].transpose(0, 1).flatten(1)
-            spread = _Spread.apply(tokens, self._spread, self._gather)  # type: ignore[no-untyped-call]
+            spread = _Spread.apply(tokens, self._spread, self.gather)  # type: ignore[no-untyped-call]
             return spread.view(R, T, -1, D).transpose(1, 2)  # type: ignore[no-any-return]
 
         def with_prefix(prefix: Tensor, packed: Tensor) -> Tensor:
@@ -216,7 +221,7 @@ class PackedRows:
 
         seen = causal_attention(rows(query_R), with_prefix(key_P, key_R), with_prefix(value_P, value_R), H // G, how)
         places = seen.transpose(1, 2).reshape(R * T, H * D)
-        gathered: Tensor = _Gather.apply(places, self._gather)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(places, self.gather)  # type: ignore[no-untyped-call]
         joined = [gathered.view(1, after, H, D), padding.detach().transpose(1, 2)]
         if P:
             joined.insert(0, causal_attention(query_P, key_P, value_P, H // G, how).transpose(1, 2))

@@ -46,6 +46,7 @@ from repertory.model.lora import AdapterStacks, Serving
 from repertory.model.memory import GIB, Architecture, gib, quantizations_that_fit
 from repertory.model.recompute import Recomputation
 from repertory.model.rmsnorm import replace_rms_norms
+from repertory.model.selfattention import quicken_attention
 from repertory.model.weights import fingerprint, locate
 from repertory.settings import Settings
 
@@ -54,6 +55,7 @@ UNLOADABLE = (*gguf.UNREADABLE, AssertionError, SafetensorError, StrictDataclass
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXACT_TOKENS = 32
 PADDING = 32
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TEMPLATE_SECONDS = 20.0  # rendering a few short conversations takes milliseconds
 
 
@@ -143,6 +145,20 @@ class Base(Outline):
             logits = torch.tanh(logits / softcap) * softcap
         return logits
 
+    @cached_property
+    def plain_head(self) -> Tensor | None:
+        """The output embeddings (vocabulary, hidden_size), where logits are their product with hidden states alone."""
+        config: Any = self.model.config
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        processed = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        if (
+            type(head) is not nn.Linear
+            or head.bias is not None
+            or any(getattr(config, each, None) for each in processed)
+        ):
+            return None
+        return head.weight
+
     @property
     def vocabulary_size(self) -> int:
         return int(self.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -191,6 +207,8 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
         torch.backends.cuda.matmul.allow_tf32 = True  # what is computed in fp32, in ten bits of mantissa instead of 23
         if limit is not None:  # torch itself then refuses more, which a run can answer with a cut
             torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
+    else:
+        _keep_freed_memory()
     dtype = DTYPES[key.dtype]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -229,6 +247,7 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             module.support_avx512bf16_for_cpu = False
     replace_rms_norms(model)
     slim_gated_mlps(model)
+    quicken_attention(model)
     body, blocks, prefix = _parts(model, name)
     router = Router()
     layers = wrap_linear_layers(blocks, prefix, router)
@@ -381,6 +400,15 @@ def give_back_memory(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _keep_freed_memory() -> None:
+    """From step to step: the allocator would give large blocks back to the system, which clears them page by page when
+    the next step asks for as many. `give_back_memory` is for when there is no next step.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not every C library has it
+        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
 def _max_positions(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 2048)
 
@@ -472,8 +500,8 @@ def _check_forward(base: Base, name: str, say: Callable[[str], None]) -> None:
     second one's last token is then decoded from the cache. A family with another kind of attention would be wrong in
     every reply, silently.
 
-    The packed pass also shows which layers read the same tensor; they are joined for the cached ones, and from then on.
-    With that the fast decoder can be made, where there is one for this family; one that differs is not used.
+    The packed pass also shows which layers read the same tensor; they are joined for the passes that follow, and from
+    then on. With that the fast decoder can be made, where there is one for this family; one that differs is not used.
     """
     ids = torch.randint(0, base.vocabulary_size, (12 + 4,), generator=torch.Generator().manual_seed(0)).to(base.device)
     row = torch.cat((ids[:8], ids[12:]))
@@ -492,6 +520,8 @@ def _check_forward(base: Base, name: str, say: Callable[[str], None]) -> None:
         with base.passing(packed, order):
             from_packed = base.logits(base.hidden(ids, packed.layout.positions)[-1:])[0]
         order.join_siblings()
+        with base.passing(packed.layout, bare):
+            from_joined = base.logits(base.hidden(ids, packed.layout.positions)[-1:])[0]
         with base.passing(first, bare):
             base.hidden(row[:-1], first.positions)
         holder.cached_tokens = 11
@@ -512,7 +542,7 @@ def _check_forward(base: Base, name: str, say: Callable[[str], None]) -> None:
         )
     # 4-bit and 8-bit products and bf16 round differently from shape to shape; a wrong mask or position is far beyond.
     allowed = 1e-3 if base.key.dtype == "fp32" and base.key.quantization == "none" else 0.1
-    for how, logits in (("packed", from_packed), ("cached", from_cache)):
+    for how, logits in (("packed", from_packed), ("joined", from_joined), ("cached", from_cache)):
         error_ratio = ((logits - expected).norm() / expected.norm()).item()
         if not error_ratio < allowed:
             raise _unsupported(name, f"{how} logits differ from the model's own by {error_ratio:.2g} of their norm")

@@ -21,14 +21,8 @@ from torch import Tensor, nn
 
 from repertory.model.adapter import Adapter
 from repertory.model.attention import Scoring
-from repertory.model.decoding_kernel import (
-    COLUMNS,
-    HAS_BF16_PRODUCTS,
-    HAS_FMA,
-    PROJECTIONS,
-    RANK_MULTIPLE,
-    step,
-)
+from repertory.model.decoding_kernel import COLUMNS, PROJECTIONS, RANK_MULTIPLE, step
+from repertory.model.kernel import HAS_BF16_PRODUCTS, HAS_FMA
 from repertory.model.kvcache import Holder, KVCache
 from repertory.model.layers import LoraLinear, Siblings
 from repertory.model.rmsnorm import RMSNorm

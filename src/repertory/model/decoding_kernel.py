@@ -4,8 +4,7 @@ torch starts some fifty operations a block and reads 16-bit weights far below th
 threads go through the blocks together, each with its share of the rows or of the outputs, and meet in between.
 
 The innermost loop, `dots`, is written as LLVM vectors, so that it takes the processor's bf16 products where it has them
-and adds up in the same order whoever else is in the batch: a row's logits are the same bits in every batch. It stays in
-this file because numba takes compiled code from its cache while the file of a function, and no other, is unchanged.
+and adds up in the same order whoever else is in the batch: a row's logits are the same bits in every batch.
 
 Shapes: L layers, N rows, H hidden size, D head size, V vocabulary.
 """
@@ -13,22 +12,27 @@ Shapes: L layers, N rows, H hidden size, D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import binding, ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import overload
+from llvmlite import ir
+from numba import carray, types
 
-intrinsic: Any = numba.extending.intrinsic  # whose functions are called without the first argument they have
+from repertory.model.kernel import (
+    LANES,
+    LLVM_FLOAT,
+    LLVM_INT32,
+    address,
+    atomic_add,
+    compiled,
+    exp,
+    get,
+    intrinsic,
+    pointer,
+    put,
+)
+from repertory.model.vectors import FLOATS, Vectors, number
 
-_features = numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
-HAS_FMA = "+fma" in _features or "+neon" in _features  # without it each product would be a call into libm
-HAS_BF16_PRODUCTS = "+avx512bf16" in _features
-LANES = 16 if "+avx512f" in _features else 8  # of a vector: numbers in fp32
 MOST_ROWS = 4 if LANES == 16 else 2  # at a time: what the registers hold the sums of
 COLUMNS = 4  # outputs at a time; `_sums` is written for four
 RANK_MULTIPLE = 16  # of the adapters' ranks
@@ -38,49 +42,6 @@ LINE_BYTES = 64  # of a cache
 VOICE_BLOCKS_AHEAD = 4  # as below, of the voices' B
 BLOCKS_AHEAD = 2  # the rows of W that are fetched from memory while others are multiplied
 SPINS = 20_000  # of a thread that waits for the others, before it lets another process have the core
-
-
-def compiled(**options: Any) -> Callable[[Any], Any]:
-    """numba's njit, with the machine code kept beside this file or in the user's cache."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(cache=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # neither can be written: it is compiled at each start
-            return njit(error_model="numpy", **options)(function)
-
-    return decorate
-
-
-_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's type of bf16 numbers, which llvmlite lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
-
-
-@intrinsic
-def pointer(typing, address, like):
-    """`address`, an integer, as a pointer to elements of the array `like`."""
-    to = types.CPointer(like.dtype)
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(to))
-
-    return to(address, like), generate
 
 
 def _dots(rows: int) -> Any:
@@ -103,11 +64,11 @@ def _dots(rows: int) -> Any:
     return dots
 
 
-class _Dots:
+class _Dots(Vectors):
     """Writes the instructions of `dots`."""
 
     def __init__(self, builder: Any, rows: int, has_half_weights: bool, has_half_inputs: bool) -> None:
-        self.builder = builder
+        super().__init__(builder)
         self.rows = rows
         self.has_half_weights = has_half_weights
         self.has_half_inputs = has_half_inputs  # then two at a time are multiplied, by the processor's bf16 products
@@ -117,42 +78,42 @@ class _Dots:
         b = self.builder
 
         def products(sums, at, mask=None):
-            places = [b.add(b.mul(count, _number(c)), at) for c in range(COLUMNS)]
+            places = [b.add(b.mul(count, number(c)), at) for c in range(COLUMNS)]
             ws = [self.loaded(w, place, self.has_half_weights, mask) for place in places]
             if mask is None:
                 for place in places:
-                    self.prefetch(b.gep(w, [b.add(place, b.mul(count, _number(BLOCKS_AHEAD * COLUMNS)))]))
+                    self.prefetch(b.gep(w, [b.add(place, b.mul(count, number(BLOCKS_AHEAD * COLUMNS)))]))
             if not self.has_half_inputs:
                 ws = [self.widened(one) for one in ws]
             found = []
             for j in range(self.rows):
-                inputs = self.loaded(x, b.add(b.mul(x_stride, _number(j)), at), self.has_half_inputs, mask)
+                inputs = self.loaded(x, b.add(b.mul(x_stride, number(j)), at), self.has_half_inputs, mask)
                 for c in range(COLUMNS):
                     found.append(self.multiplied(inputs, ws[c], sums[j * COLUMNS + c]))
             return found
 
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
         sums, at = self.loop(count, self.step, [zero] * self.rows * COLUMNS, products)
         sums = self.with_rest(sums, at, count, products)
-        voices = [b.mul(voice_stride, _number(j)) for j in range(self.rows)]
+        voices = [b.mul(voice_stride, number(j)) for j in range(self.rows)]
         Bs = [b.load(b.gep(bs, [voice])) for voice in voices]
         rank = [b.load(b.gep(ranks, [voice])) for voice in voices]
 
         def correct(sums, first, end):
             """Rows from first to end, which have the voice of the first one."""
             size = 2 if self.has_half_weights else 4
-            begin = b.add(Bs[first], b.mul(b.mul(output, rank[first]), _number(size)))
+            begin = b.add(Bs[first], b.mul(b.mul(output, rank[first]), number(size)))
             B = b.inttoptr(begin, w.type)
             for line in range(0, COLUMNS * RANK_MULTIPLE * size, LINE_BYTES):
-                ahead = b.mul(rank[first], _number(VOICE_BLOCKS_AHEAD * COLUMNS * size))
-                self.prefetch(b.inttoptr(b.add(begin, b.add(ahead, _number(line))), w.type))
+                ahead = b.mul(rank[first], number(VOICE_BLOCKS_AHEAD * COLUMNS * size))
+                self.prefetch(b.inttoptr(b.add(begin, b.add(ahead, number(line))), w.type))
 
             def corrections(sums, at):
-                places = [b.add(b.mul(rank[first], _number(c)), at) for c in range(COLUMNS)]
+                places = [b.add(b.mul(rank[first], number(c)), at) for c in range(COLUMNS)]
                 weights = [self.widened(self.loaded(B, place, self.has_half_weights, lanes=LANES)) for place in places]
                 found = []
                 for j in range(first, end):
-                    place = b.add(b.mul(low_stride, _number(j)), at)
+                    place = b.add(b.mul(low_stride, number(j)), at)
                     lows = self.loaded(low, place, False, lanes=LANES)
                     row = sums[(j - first) * COLUMNS : (j - first + 1) * COLUMNS]
                     found += [self.fma(weight, lows, total) for weight, total in zip(weights, row, strict=True)]
@@ -169,58 +130,19 @@ class _Dots:
             lambda: [total for j in range(self.rows) for total in correct(sums, j, j + 1)],
         )
         for j in range(self.rows):
-            place = b.gep(out, [b.mul(out_stride, _number(j))])
+            place = b.gep(out, [b.mul(out_stride, number(j))])
             row = self.total(sums[j * COLUMNS : (j + 1) * COLUMNS])
             b.store(row, b.bitcast(place, ir.PointerType(row.type)), align=4)
-
-    def either(self, condition, one, other):
-        """The vectors that `one` or `other` computes."""
-        b = self.builder
-        blocks = [b.append_basic_block(name) for name in ("one", "other", "joined")]
-        b.cbranch(condition, blocks[0], blocks[1])
-        found = []
-        for block, way in zip(blocks, (one, other), strict=False):
-            b.position_at_end(block)
-            found.append((way(), b.block))
-            b.branch(blocks[2])
-        b.position_at_end(blocks[2])
-        phis = []
-        for values in zip(*(values for values, _ in found), strict=True):
-            phi = b.phi(_FLOATS)
-            for value, (_, block) in zip(values, found, strict=True):
-                phi.add_incoming(value, block)
-            phis.append(phi)
-        return phis
-
-    def loop(self, end, step, carried, body):
-        """`carried`, after `body` was at 0, step, 2 step, ... while a step fits before `end`; and where that ended."""
-        b = self.builder
-        before = b.block
-        head, inside, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
-        b.branch(head)
-        b.position_at_end(head)
-        at = b.phi(_INT64)
-        at.add_incoming(_number(0), before)
-        phis = [b.phi(_FLOATS) for _ in carried]
-        for phi, value in zip(phis, carried, strict=True):
-            phi.add_incoming(value, before)
-        then = b.add(at, _number(step))
-        b.cbranch(b.icmp_signed("<=", then, end), inside, after)
-        b.position_at_end(inside)
-        for phi, value in zip(phis, body(phis, at), strict=True):
-            phi.add_incoming(value, b.block)
-        at.add_incoming(then, b.block)
-        b.branch(head)
-        b.position_at_end(after)
-        return phis, at
 
     def with_rest(self, sums, at, count, products):
         """With what is left of rows that are no multiple of the step."""
         b = self.builder
 
         def rest():
-            lanes = ir.VectorType(_INT32, self.step)
-            left = b.insert_element(ir.Constant(lanes, ir.Undefined), b.trunc(b.sub(count, at), _INT32), _INT32(0))
+            lanes = ir.VectorType(LLVM_INT32, self.step)
+            left = b.insert_element(
+                ir.Constant(lanes, ir.Undefined), b.trunc(b.sub(count, at), LLVM_INT32), LLVM_INT32(0)
+            )
             left = b.shuffle_vector(left, left, ir.Constant(lanes, [0] * self.step))
             return products(sums, at, b.icmp_signed("<", ir.Constant(lanes, list(range(self.step))), left))
 
@@ -228,37 +150,26 @@ class _Dots:
 
     def loaded(self, base, at, is_half, mask=None, lanes=None):
         b = self.builder
-        kind = ir.VectorType(ir.IntType(16) if is_half else _FLOAT, lanes or self.step)
+        kind = ir.VectorType(ir.IntType(16) if is_half else LLVM_FLOAT, lanes or self.step)
         size = 2 if is_half else 4
         place = b.bitcast(b.gep(base, [at]), ir.PointerType(kind))
         if mask is None:
             return b.load(place, align=size)
         name = f"llvm.masked.load.v{self.step}{'i16' if is_half else 'f32'}.p0"
-        load = self.function(name, kind, [place.type, _INT32, mask.type, kind])
-        return b.call(load, [place, _INT32(size), mask, ir.Constant(kind, None)])
-
-    def prefetch(self, place):
-        b, byte = self.builder, ir.PointerType(ir.IntType(8))
-        function = self.function("llvm.prefetch.p0", ir.VoidType(), [byte, _INT32, _INT32, _INT32])
-        b.call(function, [b.bitcast(place, byte), _INT32(0), _INT32(3), _INT32(1)])
+        load = self.function(name, kind, [place.type, LLVM_INT32, mask.type, kind])
+        return b.call(load, [place, LLVM_INT32(size), mask, ir.Constant(kind, None)])
 
     def widened(self, numbers):
         if not self.has_half_weights:
             return numbers
-        wide = ir.VectorType(_INT32, LANES)
+        wide = ir.VectorType(LLVM_INT32, LANES)
         shifted = self.builder.shl(self.builder.zext(numbers, wide), ir.Constant(wide, [16] * LANES))
-        return self.builder.bitcast(shifted, _FLOATS)
+        return self.builder.bitcast(shifted, FLOATS)
 
     def multiplied(self, x, w, total):
         if not self.has_half_inputs:
             return self.fma(x, w, total)
-        b = self.builder
-        function = self.function("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
-        return b.call(function, [total, b.bitcast(x, _BFLOATS), b.bitcast(w, _BFLOATS)])
-
-    def fma(self, x, w, total):
-        function = self.function(f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
-        return self.builder.call(function, [x, w, total])
+        return self.bf16_products(x, w, total)
 
     def total(self, vectors):
         """The sums of four vectors' elements as one vector: they are transposed while they are added up."""
@@ -277,16 +188,9 @@ class _Dots:
         return total
 
     def added(self, one, other, first, second):
-        b, index = self.builder, ir.VectorType(_INT32, len(first))
+        b, index = self.builder, ir.VectorType(LLVM_INT32, len(first))
         halves = [b.shuffle_vector(one, other, ir.Constant(index, places)) for places in (first, second)]
         return b.fadd(*halves)
-
-    def function(self, name, result, arguments):
-        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
-
-
-def _number(value: int) -> Any:
-    return ir.Constant(_INT64, value)
 
 
 _dots_1, _dots_2, _dots_3, _dots_4 = _dots(1), _dots(2), _dots(3), _dots(4)
@@ -303,62 +207,6 @@ def dots(rows, w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_
         _dots_3(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
     else:
         _dots_4(w, x, count, x_stride, bs, ranks, voice_stride, output, low, low_stride, out, out_stride)
-
-
-@intrinsic
-def _bits(typing, value):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], _INT32)
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def _from_bits(typing, value):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], _FLOAT)
-
-    return types.float32(types.uint32), generate
-
-
-def put(array, at, value):
-    """array[at] = value, rounded to bf16 where that is what the array holds."""
-
-
-@overload(put)
-def _put(array, at, value):
-    if array.dtype == types.uint16:
-
-        def rounded(array, at, value):
-            bits = _bits(value)
-            nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            array[at] = np.uint16(nearest) if value == value else np.uint16(0x7FC0)
-
-        return rounded
-
-    def plain(array, at, value):
-        array[at] = value
-
-    return plain
-
-
-def get(array, at):
-    """array[at] in fp32."""
-
-
-@overload(get)
-def _get(array, at):
-    if array.dtype == types.uint16:
-        return lambda array, at: _from_bits(np.uint32(array[at]) << np.uint32(16))
-    return lambda array, at: array[at]
-
-
-@intrinsic
-def _atomic_add(typing, place, value):
-    def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], args[1], "acq_rel")
-
-    return types.int64(types.CPointer(types.int64), types.int64), generate
 
 
 @intrinsic
@@ -388,7 +236,7 @@ def meet(meeting, threads):
         return
     came, round_ = pointer(address(meeting, 0), meeting), pointer(address(meeting, 8), meeting)
     now = _atomic_load(round_)
-    if _atomic_add(came, 1) == threads - 1:
+    if atomic_add(came, 1) == threads - 1:
         _atomic_store(came, 0)
         _atomic_store(round_, now + 1)
         return
@@ -400,36 +248,11 @@ def meet(meeting, threads):
 
 
 @compiled(inline="always")
-def address(array, element):
-    """Of what lies so many elements after an array's first."""
-    return np.int64(array.ctypes.data) + element * array.itemsize
-
-
-@compiled(inline="always")
 def share(count, multiple, thread, threads):
     """A thread's part of `count`: where it begins and ends, in whole multiples."""
     multiples = -(-count // multiple)
     begin, end = multiples * thread // threads, multiples * (thread + 1) // threads
     return min(begin * multiple, count), min(end * multiple, count)
-
-
-LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
-
-
-@compiled(inline="always")
-def exp(x):
-    """Cephes' expf, which compilers turn into vectors; between -87 and 88, and beyond as there."""
-    x = min(max(x, np.float32(-87)), np.float32(88))
-    whole = np.floor(x * LOG2E + np.float32(0.5))
-    x = x - whole * LN2_HIGH - whole * LN2_LOW
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
-    y = y * x * x + x + np.float32(1)
-    return y * _from_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
 @compiled(fastmath=True)

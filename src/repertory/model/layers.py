@@ -132,6 +132,10 @@ class Siblings:
         """(all out_features, in_features), what the frozen layers multiply with."""
         return self.layers[0].weight(dtype) if self._weight is None else self._weight
 
+    def outputs(self, x: Tensor, routing: Routing | None) -> Tensor:
+        """(1, N, in_features) -> (1, N, all out_features)"""
+        return self.base(x) if routing is None else routing.through(self, x)
+
     def output_of(self, layer: LoraLinear, x: Tensor, routing: Routing) -> Tensor:
         """Computed for all siblings when the first one asks."""
         if len(self.layers) == 1:

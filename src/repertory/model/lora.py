@@ -11,10 +11,10 @@ Shapes: N tokens, r rank, in_features and out_features of the layer.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from repertory.model.adapter import Adapter
 from repertory.model.layers import Siblings
+from repertory.model.panels import Panels
 
 MOST_ALONE = 32  # voices that read prompts whose weights are kept side by side: as many as there are rows
 TOKEN_MULTIPLE = 16  # oneDNN plans each new shape of a product, for about a millisecond
@@ -34,6 +35,12 @@ class Training:
 
     adapter: Adapter
     dropout: float = 0.0
+    _panels: dict[str, Panels] = field(default_factory=dict)
+
+    def renew(self) -> None:
+        """The weights have changed."""
+        for panels in self._panels.values():
+            panels.renew()
 
     def through(self, siblings: Siblings, x: Tensor) -> Tensor:
         corrected = [layer.name for layer in siblings.layers if layer.name in self.adapter.A]
@@ -43,6 +50,11 @@ class Training:
         else:
             weights = [half[name] for half in (self.adapter.A, self.adapter.B) for name in corrected]
             scaling = self.adapter.config.scaling
+            if x.numel() // x.shape[-1] % 2 == 0 and Panels.fit(siblings, weights, x.dtype):
+                if corrected[0] not in self._panels:
+                    self._panels[corrected[0]] = Panels(siblings, corrected, weights, for_training=True)
+                panels = self._panels[corrected[0]]
+                return _CompiledLora.apply(x, siblings, panels, scaling, self.dropout, *weights)  # type: ignore
             y = _FusedLora.apply(x, siblings, corrected, scaling, self.dropout, *weights)  # type: ignore[no-untyped-call]
         return y
 
@@ -138,6 +150,33 @@ class _FusedLora(torch.autograd.Function):
         return grad_x, None, None, None, None, *grads_A, *grads_B
 
 
+class _CompiledLora(torch.autograd.Function):
+    """The same, with the products of the adapter compiled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, siblings: Siblings, panels: Panels, scaling: float, dropout: float, *weights: Tensor
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        mask = dropout_mask(flat.shape, dropout, flat.device) if dropout else None
+        kept = flat if mask is None else drop_(flat.clone(), mask)
+        y = siblings.base(flat)
+        scaling = scaling / (1 - dropout)
+        low = panels.correct(kept, y, scaling, for_backward=any(ctx.needs_input_grad))
+        ctx.save_for_backward(kept, mask, low)
+        ctx.siblings, ctx.panels, ctx.scaling, ctx.x_shape = siblings, panels, scaling, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        kept, mask, low = ctx.saved_tensors
+        grad_y = grads[0].reshape(-1, grads[0].shape[-1]).contiguous()
+        grad_x = grad_y @ ctx.siblings.weight(grad_y.dtype) if ctx.needs_input_grad[0] else None
+        grad_low = ctx.panels.correct_backward(grad_y, grad_x, mask, ctx.scaling)
+        grads_of_weights = ctx.panels.gradients(kept, grad_y, low, grad_low)
+        return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, None, None, *grads_of_weights
+
+
 def _side_by_side(
     siblings: Siblings, names: list[str], weights: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[tuple[slice, slice]]]:
@@ -193,8 +232,12 @@ class Serving:
             corrected[:rows].addmm_(low_rank, B)
         begin = rows
         for voice, count in self.chunks:
-            alone = None if voice is None else self.stacks.alone(voice, siblings)
-            if alone is not None:
+            alone = None if voice is None else self.stacks.alone(voice, siblings, x.dtype)
+            if isinstance(alone, Panels):
+                assert voice is not None
+                span = slice(begin, begin + count)
+                alone.correct(tokens[span], corrected[span], voice.config.scaling, for_backward=False)
+            elif alone is not None:
                 # Some tokens more are multiplied than the voice has, so that products have few different shapes.
                 A, B = alone
                 padded = -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
@@ -212,7 +255,7 @@ class AdapterStacks:
     def __init__(self) -> None:
         self.voices: list[Adapter] = []  # by seat; some of them may decode no more
         self._stacks: dict[str, _Stack] = {}
-        self._alone: OrderedDict[Adapter, dict[str, tuple[Tensor, Tensor] | None]] = OrderedDict()
+        self._alone: WeakKeyDictionary[Adapter, dict[str, Panels | tuple[Tensor, Tensor] | None]] = WeakKeyDictionary()
 
     def seat(self, voices: Sequence[Adapter]) -> None:
         """Seat all of these. The others leave their seats to them, and altogether when they are the most."""
@@ -242,15 +285,22 @@ class AdapterStacks:
             stack = self._stacks[name] = _Stack(siblings, seats, rank, self.voices[0])
         return stack.of(self.voices)
 
-    def alone(self, voice: Adapter, siblings: Siblings) -> tuple[Tensor, Tensor] | None:
-        """As `of`, for one voice that reads its prompt."""
-        weights = self._alone.setdefault(voice, {})
-        self._alone.move_to_end(voice)
-        if len(self._alone) > MOST_ALONE:
-            self._alone.popitem(last=False)
+    def alone(self, voice: Adapter, siblings: Siblings, dtype: torch.dtype) -> Panels | tuple[Tensor, Tensor] | None:
+        """For one voice that reads its prompt, and for activations of this type: packed where that is faster, else as
+        from `of`.
+        """
+        weights = self._alone.pop(voice, {})
+        self._alone[voice] = weights  # as the last one to go
+        while len(self._alone) > MOST_ALONE:
+            del self._alone[next(iter(self._alone))]
         name = siblings.layers[0].name
         if name not in weights:
-            weights[name] = _Stack(siblings, 1, voice.config.rank, voice).of([voice])
+            names = [layer.name for layer in siblings.layers if layer.name in voice.A]
+            halves = [half[name] for half in (voice.A, voice.B) for name in names]
+            if names and Panels.fit(siblings, halves, dtype):
+                weights[name] = Panels(siblings, names, halves, for_training=False)
+            else:
+                weights[name] = _Stack(siblings, 1, voice.config.rank, voice).of([voice])
         return weights[name]
 
     def forget(self, adapter: Adapter) -> None:
@@ -260,8 +310,8 @@ class AdapterStacks:
         self._alone.pop(adapter, None)
 
     def clear(self) -> None:
+        """Nobody decodes. What was made of the last voices for their prompts is kept: they may be asked again."""
         self.voices, self._stacks = [], {}
-        self._alone.clear()
 
 
 class _Stack:

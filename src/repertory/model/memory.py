@@ -25,7 +25,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # https://arxiv.org/abs/2305.14314). 8-bit: a byte, and an fp32 scale per output feature, which is next to nothing.
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 QUANTIZED_BYTES = {"4bit": FOUR_BITS, "fp4": FOUR_BITS, "8bit": 1.0}
-LOGITS_POSITIONS = 128  # `microbatch.LOGITS_CHUNK`, which cannot be imported from here
+LOGITS_POSITIONS = 128  # `crossentropy.CHUNK`, which cannot be imported from here
 BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and the gradient: measured, see the test
 # What glibc takes from the system for what torch allocates: freed blocks that nothing later fits into. Measured, see
 # above. torch's own allocator on CUDA rounds little.

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from repertory.data.render import NO_LABEL, Row
 from repertory.model.attention import PackedRows
 from repertory.model.base import Base
+from repertory.model.crossentropy import ChunkedNLL
 from repertory.model.layers import Routing
-
-# Positions whose logits exist at one time: 128 x 49,152 in fp32 are 24 MiB, and the loss needs some copies of them.
-LOGITS_CHUNK = 128
 
 
 def common_prefix(rows: Sequence[Row]) -> int:
@@ -96,39 +92,8 @@ class MicroBatch:
     def nll(self, base: Base, routing: Routing | None) -> Tensor:
         """Negative log-likelihoods (M,) in nats of the trained tokens; call inside `passing`, with or without grad."""
         hidden = base.hidden(self.ids, self.layout.positions)[self.predicting]
-        nll: Tensor = _ChunkedNLL.apply(hidden, self.targets, base)  # type: ignore[no-untyped-call]
+        nll: Tensor = ChunkedNLL.apply(hidden, self.targets, base)  # type: ignore[no-untyped-call]
         return nll
-
-
-class _ChunkedNLL(torch.autograd.Function):
-    """Cross entropy that never holds the logits of more than LOGITS_CHUNK positions.
-
-    The output embeddings are frozen, so all that the backward pass needs is the gradient for the hidden states, which
-    is computed with the loss and is smaller than the logits by vocabulary over hidden size.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, base: Base) -> Tensor:
-        losses, gradients = [], []
-        for begin in range(0, len(targets), LOGITS_CHUNK):
-            part, wanted = hidden[begin : begin + LOGITS_CHUNK], targets[begin : begin + LOGITS_CHUNK]
-            if not ctx.needs_input_grad[0]:
-                losses.append(F.cross_entropy(base.logits(part), wanted, reduction="none"))
-                continue
-            with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                nll = F.cross_entropy(base.logits(leaf), wanted, reduction="none")
-                # Each position's loss depends on its own hidden state alone, so one sum gives every gradient.
-                gradients.append(torch.autograd.grad(nll.sum(), leaf)[0])
-            losses.append(nll.detach())
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
 
 
 def grouped(rows: Sequence[Row], indices: Sequence[int], suffix_budget: int, prefix: int) -> list[list[int]]:

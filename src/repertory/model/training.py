@@ -90,6 +90,7 @@ class TrainingRun:
         self._is_learning = False
         self._is_interrupted = False
         self.overflowed: list[int] = []  # steps, once for each time that they went again with half the scale
+        self._routing: Training | None = None
         self._story = self._live()
 
     def step(self) -> RunEvent | None:
@@ -337,8 +338,10 @@ class TrainingRun:
         """Those of a step's rows, scaled, micro-batch by micro-batch; returns the mean loss per trained token."""
         config, base = plan.config, self.base
         weight = sum(plan.rows[at].loss_weight for at in plan.rows_of(step))
-        routing = Training(adapter, config.lora_dropout)
-        loss = 0.0
+        if self._routing is None:
+            self._routing = Training(adapter, config.lora_dropout)
+        self._routing.renew()
+        routing, loss = self._routing, 0.0
         optimizer.zero_grad(set_to_none=True)
         for number, indices in enumerate(plan.microbatches(step)):
             batch = MicroBatch.of([plan.rows[at] for at in indices], base.device)

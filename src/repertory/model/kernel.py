@@ -1,0 +1,245 @@
+"""What compiled functions for a CPU are written with: numba, 16-bit numbers, and torch's own threads.
+
+A kernel cuts its work into blocks. torch's threads take one after another, so that all are busy to the end, however
+many there are and whatever else has the cores; what is computed does not depend on who computes it.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import inspect
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import carray, cfunc, njit, types
+from numba.extending import overload
+from torch import Tensor
+
+intrinsic: Any = numba.extending.intrinsic  # whose functions are called without the first argument they have
+
+_features = numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+HAS_FMA = "+fma" in _features or "+neon" in _features  # without it each product would be a call into libm
+HAS_BF16_PRODUCTS = "+avx512bf16" in _features
+LANES = 16 if "+avx512f" in _features else 8  # of a vector: numbers in fp32
+
+LLVM_FLOAT, LLVM_INT32, LLVM_INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+BF16, FP32 = np.empty(0, np.uint16), np.empty(0, np.float32)  # what elements are like
+INT8, INT64 = np.empty(0, np.int8), np.empty(0, np.int64)
+
+
+def _version(function: Any) -> str:
+    """numba takes machine code from its cache while the file of a function is unchanged. What is in this file and in
+    that of the vectors becomes part of functions elsewhere, so it is part of their names.
+    """
+    files = Path(__file__), Path(__file__).with_name("vectors.py"), Path(inspect.getfile(function))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def _cached(compile: Callable[..., Any], function: Any, version: str) -> Any:
+    """The machine code is kept beside the function's file or in the user's cache."""
+    function.__qualname__ += f"_{version}"
+    try:
+        return compile(cache=True)(function)
+    except RuntimeError:  # neither can be written: it is compiled at each start
+        return compile()(function)
+
+
+def compiled(**options: Any) -> Callable[[Any], Any]:
+    """numba's njit."""
+
+    def decorate(function: Any) -> Any:
+        return _cached(lambda **more: njit(error_model="numpy", **options, **more), function, _version(function))
+
+    return decorate
+
+
+class Kernel:
+    """A compiled function that computes one block of a piece of work. Given what was asked, which it reads with
+    `argument`, the block's number, and what the elements are like: BF16 or FP32.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._name, self._version = function.__qualname__, _version(function)
+        self._function = compiled(fastmath=True)(function)
+
+    @cached_property
+    def _code(self) -> Any:
+        """Compiled when it is first asked for. In its own globals it finds which function it is about."""
+        names = {**globals(), "compute": self._function}
+        function = FunctionType(_blocks.__code__, names)
+        function.__qualname__ = f"{self._function.py_func.__module__}.{self._name}"
+        signature = types.void(types.CPointer(types.int64))
+        return _cached(lambda **more: cfunc(signature, error_model="numpy", **more), function, self._version)
+
+    def run(self, blocks: int, *arguments: Tensor | float) -> None:
+        """All blocks, on torch's threads. The elements are like those of the first argument, a tensor; of tensors the
+        kernel gets the addresses, of a float its bits in fp32."""
+        first = arguments[0]
+        assert isinstance(first, Tensor)
+        asked = (ctypes.c_int64 * (ASKED + len(arguments)))(0, blocks, first.itemsize, *map(_as_int64, arguments))
+        _gomp_parallel()(self._code.address, asked, min(blocks, torch.get_num_threads()), 0)
+
+
+ASKED = 3  # numbers before a kernel's own arguments
+
+
+def _as_int64(argument: Tensor | float) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int(np.float32(argument).view(np.int32))
+    return argument
+
+
+@cache
+def _gomp_parallel() -> Any:
+    """Of the OpenMP library that torch computes with: its threads wait where their core is, for a microsecond or so."""
+    shipped = Path(torch.__file__).parent
+    found = [*shipped.glob("lib/libgomp*.so*"), *shipped.parent.glob("torch.libs/libgomp*.so*"), "libgomp.so.1"]
+    try:
+        library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_LOCAL)
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+def is_for(*tensors: Tensor) -> bool:
+    """Whether kernels can compute with these: on a CPU, all in bf16 or all in fp32."""
+    first = tensors[0].dtype
+    return (
+        all(each.device.type == "cpu" and each.dtype == first for each in tensors)
+        and first in (torch.bfloat16, torch.float32)
+        and HAS_FMA
+        and _gomp_parallel() is not None
+    )
+
+
+def _blocks(asked):
+    """Block after block, until all are taken."""
+    at = atomic_add(asked, 1)
+    while at < asked[1]:
+        if asked[2] == 2:
+            compute(asked, at, BF16)  # type: ignore[name-defined]  # noqa: F821
+        else:
+            compute(asked, at, FP32)  # type: ignore[name-defined]  # noqa: F821
+        at = atomic_add(asked, 1)
+
+
+@intrinsic
+def pointer(typing, address, like):
+    """`address`, an integer, as a pointer to elements of the array `like`."""
+    to = types.CPointer(like.dtype)
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(to))
+
+    return to(address, like), generate
+
+
+@intrinsic
+def atomic_add(typing, place, value):
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], args[1], "acq_rel")
+
+    return types.int64(types.CPointer(types.int64), types.int64), generate
+
+
+@intrinsic
+def bits(typing, value):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], LLVM_INT32)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def from_bits(typing, value):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], LLVM_FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+def put(array, at, value):
+    """array[at] = value, rounded to bf16 where that is what the array holds."""
+
+
+@overload(put)
+def _put(array, at, value):
+    if array.dtype == types.uint16:
+
+        def rounded(array, at, value):
+            exact = bits(value)
+            nearest = (exact + np.uint32(0x7FFF) + ((exact >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            array[at] = np.uint16(nearest) if value == value else np.uint16(0x7FC0)
+
+        return rounded
+
+    def plain(array, at, value):
+        array[at] = value
+
+    return plain
+
+
+def get(array, at):
+    """array[at] in fp32."""
+
+
+@overload(get)
+def _get(array, at):
+    if array.dtype == types.uint16:
+        return lambda array, at: from_bits(np.uint32(array[at]) << np.uint32(16))
+    return lambda array, at: array[at]
+
+
+@compiled(inline="always")
+def argument(asked, at):
+    return asked[ASKED + at]
+
+
+@compiled(inline="always")
+def float_argument(asked, at):
+    return from_bits(np.uint32(asked[ASKED + at]))
+
+
+@compiled(inline="always")
+def address(array, element):
+    """Of what lies so many elements after an array's first."""
+    return np.int64(array.ctypes.data) + element * array.itemsize
+
+
+@compiled(inline="always")
+def row(begin, at, width, like):
+    """Row `at` of the matrix at the address `begin`, whose rows are `width` elements apart."""
+    return carray(pointer(begin + at * width * like.itemsize, like), (width,))
+
+
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@compiled(inline="always")
+def exp(x):
+    """Cephes' expf, which compilers turn into vectors; between -87 and 88, and beyond as there."""
+    x = min(max(x, np.float32(-87)), np.float32(88))
+    whole = np.floor(x * LOG2E + np.float32(0.5))
+    x = x - whole * LN2_HIGH - whole * LN2_LOW
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1)
+    return y * from_bits(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))

@@ -1,0 +1,314 @@
+"""The small products of LoRA in bf16, for processors that multiply bf16: `correct`, `correct_backward`, `gradients`.
+
+Ranks are a dozen or two: products so narrow run at a tenth of the rate of the base's in a general library, and their
+results go through memory several times. Here a block of tokens is read, corrected and written in one go.
+
+The weights are packed once for each direction (`Panels`): two rows of a weight side by side, 16 columns at a time, as
+the processor multiplies them. Ranks are filled up with zeros to multiples of 16.
+
+Shapes: N tokens, K what is summed over, R ranks of all siblings together.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from repertory.model.kernel import (
+    BF16,
+    FP32,
+    INT8,
+    INT64,
+    LANES,
+    LLVM_INT32,
+    Kernel,
+    address,
+    argument,
+    compiled,
+    float_argument,
+    get,
+    intrinsic,
+    pointer,
+    put,
+    row,
+)
+from repertory.model.vectors import FLOATS, Vectors, number
+
+PANEL = 16  # columns
+ROWS = 8  # tokens at a time: with two panels the registers hold their sums
+BLOCK_TOKENS = 32
+STRIP = 2 * PANEL  # columns at a time; all widths are multiples
+# Of each sibling: where its outputs begin, how many; where its ranks begin, how many, how many of these are not filled
+# up; where its panels begin; the addresses of the gradients of its A and its B.
+FACTS = 8
+_BEGIN, _OUTPUTS, _FIRST, _RANKS, _REAL, _PANELS, _GRAD_A, _GRAD_B = range(FACTS)
+
+
+class _Products(Vectors):
+    def half_rows(self, base, at, lanes):
+        b = self.builder
+        kind = ir.VectorType(ir.IntType(16), lanes)
+        return b.load(b.bitcast(b.gep(base, [at]), ir.PointerType(kind)), align=2)
+
+    def pair(self, base, at):
+        """Two numbers in every lane."""
+        b, lanes = self.builder, ir.VectorType(LLVM_INT32, LANES)
+        two = b.load(b.bitcast(b.gep(base, [at]), ir.PointerType(LLVM_INT32)), align=2)
+        one = b.insert_element(ir.Constant(lanes, ir.Undefined), two, LLVM_INT32(0))
+        return b.shuffle_vector(one, one, ir.Constant(lanes, [0] * LANES))
+
+    def store(self, sums, out, columns):
+        b = self.builder
+        for at, total in enumerate(sums):
+            place = b.gep(out, [number(at // columns * STRIP + at % columns * LANES)])
+            b.store(total, b.bitcast(place, ir.PointerType(FLOATS)), align=4)
+
+    @property
+    def zero(self):
+        return ir.Constant(FLOATS, [0.0] * LANES)
+
+
+def _panels(rows: int, columns: int) -> Any:
+    @intrinsic
+    def panels(typing, x, stride, packed, panel_size, pairs, out):
+        """out[j, :16 * columns] = x[j] times so many panels, for j < rows. out: rows of STRIP."""
+        n = types.int64
+
+        def generate(context, builder, signature, args):
+            x, stride, packed, panel_size, pairs, out = args
+            b, write = builder, _Products(builder)
+
+            def products(sums, at):
+                weights = [
+                    write.half_rows(
+                        packed, b.add(b.mul(panel_size, number(c)), b.mul(at, number(2 * LANES))), 2 * LANES
+                    )
+                    for c in range(columns)
+                ]
+                found = []
+                for j in range(rows):
+                    two = write.pair(x, b.add(b.mul(stride, number(j)), b.mul(at, number(2))))
+                    for c in range(columns):
+                        found.append(write.bf16_products(two, weights[c], sums[j * columns + c]))
+                return found
+
+            write.store(write.loop(pairs, 1, [write.zero] * rows * columns, products)[0], out, columns)
+            return context.get_dummy_value()
+
+        return types.void(x, n, packed, n, n, out), generate
+
+    return panels
+
+
+_panels_8_2, _panels_8_1, _panels_1_2, _panels_1_1 = _panels(ROWS, 2), _panels(ROWS, 1), _panels(1, 2), _panels(1, 1)
+
+
+@intrinsic
+def _outer(typing, x, stride, low, low_stride, pairs, out):
+    """out[k, :STRIP] = sum_n low[n, k] x[n, :STRIP], for k < ROWS. Of `low` two tokens stand side by side."""
+    n = types.int64
+
+    def generate(context, builder, signature, args):
+        x, stride, low, low_stride, pairs, out = args
+        b, write = builder, _Products(builder)
+        mixed = ir.Constant(ir.VectorType(LLVM_INT32, 2 * LANES), [at // 2 + at % 2 * LANES for at in range(2 * LANES)])
+
+        def products(sums, at):
+            first = b.mul(stride, b.mul(at, number(2)))
+            strips = []
+            for c in range(2):
+                place = b.add(first, number(c * LANES))
+                both = [write.half_rows(x, place, LANES), write.half_rows(x, b.add(place, stride), LANES)]
+                strips.append(b.shuffle_vector(*both, mixed))
+            found = []
+            for k in range(ROWS):
+                two = write.pair(low, b.add(b.mul(low_stride, at), number(2 * k)))
+                for c in range(2):
+                    found.append(write.bf16_products(two, strips[c], sums[2 * k + c]))
+            return found
+
+        write.store(write.loop(pairs, 1, [write.zero] * 2 * ROWS, products)[0], out, 2)
+        return context.get_dummy_value()
+
+    return types.void(x, n, low, n, n, out), generate
+
+
+@compiled()
+def _multiply(count, x, x_stride, packed, panel_size, pairs, columns, out):
+    """`count` rows, 8 or fewer, times one or two panels."""
+    from_, weights, to = pointer(x, BF16), pointer(packed, BF16), pointer(address(out, 0), FP32)
+    if count == ROWS:
+        if columns == 2:
+            _panels_8_2(from_, x_stride, weights, panel_size, pairs, to)
+        else:
+            _panels_8_1(from_, x_stride, weights, panel_size, pairs, to)
+    else:
+        for j in range(count):
+            from_, to = pointer(x + 2 * j * x_stride, BF16), pointer(address(out, j * STRIP), FP32)
+            if columns == 2:
+                _panels_1_2(from_, x_stride, weights, panel_size, pairs, to)
+            else:
+                _panels_1_1(from_, x_stride, weights, panel_size, pairs, to)
+
+
+@compiled(fastmath=True)
+def _reduce(count, x, x_stride, packed, pairs, ranks, first, R, scaling, low, out):
+    """low[j, first:first + ranks] = scaling * x[j] times the panels of so many ranks."""
+    for k in range(0, ranks, STRIP):
+        width = min(STRIP, ranks - k)
+        _multiply(count, x, x_stride, packed + 4 * pairs * k, 2 * PANEL * pairs, pairs, width // PANEL, out)
+        for j in range(count):
+            for i in range(width):
+                put(low, j * R + first + k + i, scaling * out[j * STRIP + i])
+
+
+@compiled()
+def _interleave(low, count, n, R, pairs):
+    """Into `pairs` (N / 2, R, 2) the tokens from n on."""
+    for j in range(count):
+        for k in range(R):
+            pairs[((n + j) // 2 * R + k) * 2 + (n + j) % 2] = low[j * R + k]
+
+
+@compiled(fastmath=True)
+def _expand(count, low, first, R, packed, ranks, width, to, to_stride, mask, mask_stride, out):
+    """to[j] += low[j, first:first + ranks] times the panels of `width` columns; only where there is a mask's bit."""
+    pairs = ranks // 2
+    for o in range(0, width, STRIP):
+        _multiply(count, address(low, first), R, packed + 2 * o * ranks, PANEL * ranks, pairs, 2, out)
+        for j in range(count):
+            y = row(to + 2 * (j * to_stride + o), 0, STRIP, BF16)
+            if mask:
+                kept = row(mask + j * mask_stride + o, 0, STRIP, INT8)
+                for i in range(STRIP):
+                    put(y, i, get(y, i) - np.float32(kept[i]) * out[j * STRIP + i])
+            else:
+                for i in range(STRIP):
+                    put(y, i, get(y, i) + out[j * STRIP + i])
+
+
+@Kernel
+def correct(asked, at, like):
+    """y += scaling * x A' B', sibling by sibling.
+
+    x (N, in_features), y (N, out_features), packed A (by ranks), packed B (by outputs), facts; low ranks in pairs for
+    the backward pass, or 0; N, in_features, out_features, R, siblings, scaling.
+    """
+    N, K, width, R, siblings = (
+        argument(asked, 6),
+        argument(asked, 7),
+        argument(asked, 8),
+        argument(asked, 9),
+        argument(asked, 10),
+    )
+    scaling = float_argument(asked, 11)
+    out, low = np.empty(ROWS * STRIP, np.float32), np.empty(ROWS * R, np.uint16)
+    for n in range(at * BLOCK_TOKENS, min((at + 1) * BLOCK_TOKENS, N), ROWS):
+        count = min(ROWS, N - n)
+        _reduce(count, argument(asked, 0) + 2 * n * K, K, argument(asked, 2), K // 2, R, 0, R, scaling, low, out)
+        if argument(asked, 5):
+            _interleave(low, count, n, R, row(argument(asked, 5), 0, N * R, BF16))
+        for s in range(siblings):
+            fact = row(argument(asked, 4), s, FACTS, INT64)
+            B, y = argument(asked, 3) + 2 * fact[_PANELS], argument(asked, 1) + 2 * (n * width + fact[_BEGIN])
+            _expand(count, low, fact[_FIRST], R, B, fact[_RANKS], fact[_OUTPUTS], y, width, 0, 0, out)
+
+
+@Kernel
+def correct_backward(asked, at, like):
+    """grad_x += scaling * grad_y B A, where the mask is, if there is one.
+
+    grad_y (N, out_features), grad_x (N, in_features) or 0, packed B (by ranks), packed A (by inputs), facts; the
+    gradients of the low ranks in pairs; mask (N, in_features) or 0; N, in_features, out_features, R, siblings, scaling.
+    """
+    N, K, width, R, siblings = (
+        argument(asked, 7),
+        argument(asked, 8),
+        argument(asked, 9),
+        argument(asked, 10),
+        argument(asked, 11),
+    )
+    scaling = float_argument(asked, 12)
+    out, low = np.empty(ROWS * STRIP, np.float32), np.empty(ROWS * R, np.uint16)
+    for n in range(at * BLOCK_TOKENS, min((at + 1) * BLOCK_TOKENS, N), ROWS):
+        count = min(ROWS, N - n)
+        for s in range(siblings):
+            fact = row(argument(asked, 4), s, FACTS, INT64)
+            grad_y, B = argument(asked, 0) + 2 * (n * width + fact[_BEGIN]), argument(asked, 2) + 2 * fact[_PANELS]
+            _reduce(count, grad_y, width, B, fact[_OUTPUTS] // 2, fact[_RANKS], fact[_FIRST], R, scaling, low, out)
+        _interleave(low, count, n, R, row(argument(asked, 5), 0, N * R, BF16))
+        if argument(asked, 1):
+            grad_x, mask = argument(asked, 1) + 2 * n * K, argument(asked, 6)
+            if mask:
+                mask += n * K
+            _expand(count, low, 0, R, argument(asked, 3), R, K, grad_x, K, mask, K, out)
+
+
+@Kernel
+def gradients(asked, at, like):
+    """Of A (r, in_features) and of B (outputs, r), in fp32, sums over all tokens: 32 columns of x or of grad_y.
+
+    x, grad_y, low ranks in pairs and their gradients, facts; N, in_features, out_features, R, siblings.
+    """
+    N, K, width, R, siblings = (
+        argument(asked, 5),
+        argument(asked, 6),
+        argument(asked, 7),
+        argument(asked, 8),
+        argument(asked, 9),
+    )
+    out = np.empty(ROWS * STRIP, np.float32)
+    to = pointer(address(out, 0), FP32)
+    of_A = K // STRIP
+    column = at * STRIP if at < of_A else (at - of_A) * STRIP
+    for s in range(siblings):
+        fact = row(argument(asked, 4), s, FACTS, INT64)
+        begin, first, real = fact[_BEGIN], fact[_FIRST], fact[_REAL]
+        for k in range(0, real, ROWS):
+            if at < of_A:
+                low, x = argument(asked, 3) + 4 * (first + k), argument(asked, 0) + 2 * column
+                _outer(pointer(x, BF16), K, pointer(low, BF16), 2 * R, N // 2, to)
+                for j in range(min(ROWS, real - k)):
+                    grad = row(fact[_GRAD_A], k + j, K, FP32)
+                    for i in range(STRIP):
+                        grad[column + i] = out[j * STRIP + i]
+            elif begin <= column < begin + fact[_OUTPUTS]:
+                low, y = argument(asked, 2) + 4 * (first + k), argument(asked, 1) + 2 * column
+                _outer(pointer(y, BF16), width, pointer(low, BF16), 2 * R, N // 2, to)
+                for i in range(STRIP):
+                    grad = row(fact[_GRAD_B], column - begin + i, real, FP32)
+                    for j in range(min(ROWS, real - k)):
+                        grad[k + j] = out[j * STRIP + i]
+
+
+@Kernel
+def pack(asked, at, like):
+    """One weight in bf16 or fp32, as their size says.
+
+    Of each weight: the address of its first number, elements from one number of K to the next and from one column to
+    the next, numbers of K, columns, pairs of a panel, address of the first panel, numbers from one panel to the next.
+    """
+    about = row(argument(asked, 0), at, 8, INT64)
+    if argument(asked, 1) == 2:
+        _pack(about, BF16)
+    else:
+        _pack(about, FP32)
+
+
+@compiled()
+def _pack(about, like):
+    next_k, next_column, K, columns, pairs = about[1], about[2], about[3], about[4], about[5]
+    numbers = row(about[0], 0, K * next_k + columns * next_column, like)
+    for first in range(0, columns, PANEL):
+        panel = row(about[6] + 2 * first // PANEL * about[7], 0, pairs * 2 * PANEL, BF16)
+        for p in range(pairs):
+            for c in range(PANEL):
+                for half in range(2):
+                    k, value = 2 * p + half, np.float32(0)
+                    if k < K and first + c < columns:
+                        value = get(numbers, k * next_k + (first + c) * next_column)
+                    put(panel, (p * PANEL + c) * 2 + half, value)

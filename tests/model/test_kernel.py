@@ -1,0 +1,254 @@
+"""The compiled loops against torch in double precision, and that what they compute does not depend on the threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, silu
+
+from repertory.model import crossentropy, gatedmlp, kernel, lora, panels, rmsnorm
+from repertory.model.adapter import Adapter, LoraConfig
+from repertory.model.layers import LoraLinear, Router, Siblings
+from repertory.model.lora import AdapterStacks, Serving, Training
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+
+pytestmark = pytest.mark.skipif(not kernel.is_for(torch.zeros(1)), reason="no kernels on this processor")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def off(result: Tensor, expected: Tensor) -> float:
+    result, expected = result.detach().double(), expected.detach().double()
+    return float((result - expected).norm() / expected.norm())
+
+
+def with_gradient(function: Callable[..., Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = function(leaf)
+    return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5, 24), (1, 40, 576), (2, 3, 4, 8)])
+def test_root_mean_square_norm(shape: tuple[int, ...], dtype: torch.dtype, two_threads: None) -> None:
+    torch.manual_seed(0)
+    x, grad, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    norm = rmsnorm.RMSNorm(nn.Parameter(weight, requires_grad=False), 1e-5)
+    exact = rmsnorm.RMSNorm(nn.Parameter(weight.double(), requires_grad=False), 1e-5)
+    found = with_gradient(norm, x, grad)
+    expected = with_gradient(exact, x.double(), grad.double())
+    for result, wanted in zip(found, expected, strict=True):
+        assert off(result, wanted) < TOLERANCE[dtype]
+    # Views with gaps between their rows, as of heads in a joined product.
+    gaps = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]]
+    assert torch.equal(norm(gaps), norm(gaps.clone()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [6, 64, 1536])
+def test_gate(width: int, dtype: torch.dtype, two_threads: None) -> None:
+    torch.manual_seed(0)
+    gate_up, grad = 4 * torch.randn(1, 21, 2 * width).to(dtype), torch.randn(1, 21, width).to(dtype)
+    gate_up[0, 0, :2] = torch.tensor([200.0, -200.0])
+
+    def exact(x: Tensor) -> Tensor:
+        return silu(x[..., :width]) * x[..., width:]
+
+    found = with_gradient(gatedmlp._GatedBySilu.apply, gate_up, grad)
+    expected = with_gradient(exact, gate_up.double(), grad.double())
+    for result, wanted in zip(found, expected, strict=True):
+        assert result.isfinite().all()
+        assert off(result, wanted) < TOLERANCE[dtype]
+
+
+class _Head:
+    def __init__(self, weight: Tensor) -> None:
+        self.plain_head = weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positions", [1, 7, 300])
+def test_cross_entropy(positions: int, dtype: torch.dtype, two_threads: None) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(positions, 32).to(dtype), torch.randn(1000, 32).to(dtype)
+    targets, grad = torch.randint(0, 1000, (positions,)), torch.rand(positions)
+    base: Any = _Head(weight)
+    nll, gradient = with_gradient(lambda x: crossentropy.ChunkedNLL.apply(x, targets, base), hidden, grad)
+
+    def exact(x: Tensor) -> Tensor:
+        return cross_entropy(linear(x, weight.double()), targets, reduction="none")
+
+    expected, expected_gradient = with_gradient(exact, hidden.double(), grad.double())
+    assert off(nll, expected) < TOLERANCE[dtype]
+    assert off(gradient, expected_gradient) < 4 * TOLERANCE[dtype]
+    with torch.inference_mode():
+        assert torch.equal(crossentropy.ChunkedNLL.apply(hidden, targets, base), nll)
+
+
+def test_a_loss_of_hopeless_and_of_certain_positions_is_finite() -> None:
+    hidden, weight = torch.eye(2, 32) * 1e4, torch.zeros(64, 32)
+    weight[3, 0] = weight[5, 1] = 1.0
+    base: Any = _Head(weight)
+    nll = crossentropy.ChunkedNLL.apply(hidden, torch.tensor([3, 3]), base)
+    assert nll.tolist() == [pytest.approx(0, abs=1e-6), pytest.approx(1e4)]
+
+
+# LoRA
+
+
+def joined(widths: list[int], inputs: int) -> Siblings:
+    router = Router()
+    layers = []
+    for at, width in enumerate(widths):
+        linear_layer = nn.Linear(inputs, width, bias=False).bfloat16().requires_grad_(False)
+        layers.append(LoraLinear(linear_layer, f"layer{at}", router))
+    if len(layers) > 1:
+        Siblings.join(layers)
+    return layers[0].siblings
+
+
+def fresh(siblings: Siblings, names: list[str], rank: int, dtype: torch.dtype = torch.float32) -> Adapter:
+    config = LoraConfig(
+        base_model="x",
+        revision=None,
+        rank=rank,
+        alpha=2 * rank,
+        dropout=0.0,
+        target_modules="all-linear",
+        fan_in_fan_out=False,
+        rslora=False,
+    )
+    shapes = {layer.name: layer.shape for layer in siblings.layers}
+    A = {name: (torch.randn(rank, shapes[name][0]) / 10).to(dtype) for name in names}
+    B = {name: (torch.randn(shapes[name][1], rank) / 10).to(dtype) for name in names}
+    return Adapter(config, A, B)
+
+
+needs_bf16 = pytest.mark.skipif(not kernel.HAS_BF16_PRODUCTS, reason="this processor does not multiply bf16")
+GROUPS = [
+    ([64], 96, ["layer0"], 16),
+    ([64], 96, ["layer0"], 5),
+    ([64, 32, 32], 64, ["layer0", "layer2"], 8),
+    ([96, 96], 32, ["layer0", "layer1"], 40),
+    ([96, 96], 32, ["layer1"], 24),
+]
+
+
+@needs_bf16
+@pytest.mark.parametrize(("widths", "inputs", "names", "rank"), GROUPS)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("tokens", [2, 44])
+def test_lora(
+    widths: list[int],
+    inputs: int,
+    names: list[str],
+    rank: int,
+    dropout: float,
+    tokens: int,
+    two_threads: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    siblings = joined(widths, inputs)
+    adapter = fresh(siblings, names, rank)
+    x, grad = torch.randn(1, tokens, inputs).bfloat16(), torch.randn(1, tokens, sum(widths)).bfloat16()
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(1)
+        leaves = [each.detach().requires_grad_() for half in (adapter.A, adapter.B) for each in half.values()]
+        halves = [dict(zip(names, half, strict=True)) for half in (leaves[: len(names)], leaves[len(names) :])]
+        given = x.detach().requires_grad_()
+        y = Training(Adapter(adapter.config, *halves), dropout).through(siblings, given)
+        return [y, *torch.autograd.grad(y, [given, *leaves], grad)]
+
+    assert panels.Panels.fit(siblings, [*adapter.A.values(), *adapter.B.values()], x.dtype)
+    compiled = results()
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(results(), compiled, strict=True))
+    monkeypatch.setattr(panels.Panels, "fit", staticmethod(lambda *_: False))
+    for result, wanted in zip(compiled, results(), strict=True):
+        assert off(result, wanted) < 1e-2
+
+
+@needs_bf16
+def test_a_training_that_is_renewed_uses_the_weights_as_they_are() -> None:
+    torch.manual_seed(0)
+    siblings = joined([64, 32], 64)
+    adapter = fresh(siblings, ["layer0", "layer1"], 8)
+    x = torch.randn(1, 8, 64).bfloat16()
+    routing = Training(adapter)
+    before = routing.through(siblings, x)
+    with torch.no_grad():
+        adapter.B["layer1"].mul_(2)
+    routing.renew()
+    after = routing.through(siblings, x)
+    assert torch.equal(after, Training(adapter).through(siblings, x))
+    assert torch.equal(after[..., :64], before[..., :64])
+    assert not torch.equal(after[..., 64:], before[..., 64:])
+
+
+@needs_bf16
+@pytest.mark.parametrize(("widths", "inputs", "names", "rank"), GROUPS)
+def test_prompts_of_several_voices(
+    widths: list[int], inputs: int, names: list[str], rank: int, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    siblings = joined(widths, inputs)
+    one, other = (fresh(siblings, names, rank, torch.bfloat16) for _ in range(2))
+    chunks: list[tuple[Adapter | None, int]] = [(one, 3), (None, 2), (other, 17), (one, 9)]
+    x = torch.randn(1, 31, inputs).bfloat16()
+    with torch.inference_mode():
+        compiled = Serving([], chunks, AdapterStacks()).through(siblings, x)
+        assert torch.equal(compiled[:, 3:5], siblings.base(x)[:, 3:5])
+        monkeypatch.setattr(panels.Panels, "fit", staticmethod(lambda *_: False))
+        assert off(compiled, Serving([], chunks, AdapterStacks()).through(siblings, x)) < 1e-2
+
+
+@needs_bf16
+def test_of_a_voice_that_is_gone_nothing_is_kept() -> None:
+    siblings, stacks = joined([64], 64), AdapterStacks()
+    voice: Adapter | None = fresh(siblings, ["layer0"], 8, torch.bfloat16)
+    assert voice is not None
+    assert isinstance(stacks.alone(voice, siblings, torch.bfloat16), panels.Panels)
+    assert len(stacks._alone) == 1
+    voice = None
+    assert len(stacks._alone) == 0
+    for _ in range(2 * lora.MOST_ALONE):
+        stacks.alone(fresh(siblings, ["layer0"], 8, torch.bfloat16), siblings, torch.bfloat16)
+        assert len(stacks._alone) <= lora.MOST_ALONE
+
+
+# What all kernels share
+
+
+def test_machine_code_is_named_after_all_that_it_is_made_of(tmp_path: Path) -> None:
+    """numba looks at the file of a function alone, and would go on with code that others have become part of."""
+    names = {each._function.py_func.__qualname__ for each in (rmsnorm._forward, gatedmlp._gate)}
+    versions = {name.rpartition("_")[2] for name in names}
+    assert len(versions) == 2
+    assert all(len(version) == 8 for version in versions)
+
+
+def test_a_kernel_uses_what_threads_there_are() -> None:
+    x, weight = torch.randn(1, 333, 64), torch.randn(64)
+    norm = rmsnorm.RMSNorm(nn.Parameter(weight, requires_grad=False), 1e-6)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(norm(x))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
