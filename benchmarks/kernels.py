@@ -6,10 +6,15 @@ Each compares what we do with what would be obvious, on the shapes of the bundle
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -17,9 +22,17 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.train_worker import ALPHA, RANK, load, rendered
+from benchmarks.workloads import workload
+from repertory.contracts import BUNDLED_MODEL
+from repertory.model import crossentropy, gatedmlp, rmsnorm, selfattention
+from repertory.model.adapter import Adapter, LoraConfig
 from repertory.model.attention import Scoring, causal_attention, scaled_dot_product
 from repertory.model.attention import causal_mask as mask_of
-from repertory.model.lora import drop_, dropout_mask
+from repertory.model.base import Base
+from repertory.model.lora import Training, drop_, dropout_mask
+from repertory.model.microbatch import MicroBatch
+from repertory.model.panels import Panels
 
 BUSY = "import time\nends = time.time() + 30\nwhile time.time() < ends: pass"
 PRODUCTS = """
@@ -47,6 +60,8 @@ def main() -> None:
     table.add_row("softmax over 88 keys, over 96", *softmax(), "ms")
     table.add_row("dropout of 416 x 576", *dropout(), "ms")
     table.add_row("an optimizer step over the adapter's 420 tensors", *optimizer(), "ms")
+    for part, without in COMPILED.items():
+        table.add_row(f"a training pass over 16 short rows: {part} by torch, compiled", *without(), "ms")
     for name, busy in (("alone on the machine", False), ("beside one busy process", True)):
         for how, wait in (("sleeping at once", SLEEP), ("spinning as libgomp does", SPIN)):
             times = waiting(wait, busy=busy), waiting(OURS, busy=busy)
@@ -126,6 +141,50 @@ def dropout() -> tuple[str, str]:
 def softmax() -> tuple[str, str]:
     scores = {keys: torch.randn(48, 192, keys).bfloat16() for keys in (88, 96)}
     return f"{milliseconds(lambda: scores[88].softmax(-1)):.2f}", f"{milliseconds(lambda: scores[96].softmax(-1)):.2f}"
+
+
+def training_pass(*taken_away: tuple[Any, str]) -> tuple[str, str]:
+    """Forward and backward with these parts by torch, and with all compiled: in turn, the medians."""
+    base, batch, routing = a_micro_batch()
+
+    def once() -> float:
+        begin = time.perf_counter()
+        with base.passing(batch.layout, routing):
+            batch.loss(base, routing).backward()  # type: ignore[no-untyped-call]
+        return (time.perf_counter() - begin) * 1000
+
+    times: tuple[list[float], list[float]] = [], []
+    for _ in range(PASSES):
+        with ExitStack() as stack:
+            for module, name in taken_away:
+                stack.enter_context(mock.patch.object(module, name, return_value=False))
+            once()  # what the allocator has to find first
+            times[0].append(once())
+        once()
+        times[1].append(once())
+    return f"{statistics.median(times[0]):.0f}", f"{statistics.median(times[1]):.0f}"
+
+
+@cache
+def a_micro_batch() -> tuple[Base, MicroBatch, Training]:
+    base, work = load("bf16"), workload("A", 16)
+    rows = rendered(base, work)
+    names = list(base.layers)
+    described = LoraConfig(BUNDLED_MODEL, RANK, ALPHA, 0.0, sorted({name.rpartition(".")[2] for name in names}))
+    adapter = Adapter.fresh(described, base.layers, names, 0)
+    return base, MicroBatch.of(rows, base.device), Training(adapter)
+
+
+PASSES = 7
+PARTS = {
+    "norms": [(rmsnorm, "is_for")],
+    "gates": [(gatedmlp, "is_for")],
+    "what is around attention": [(selfattention, "is_for")],
+    "cross entropy": [(crossentropy, "is_for")],
+    "LoRA": [(Panels, "fit")],
+}
+COMPILED = {part: partial(training_pass, *where) for part, where in PARTS.items()}
+COMPILED["all of these"] = partial(training_pass, *(one for where in PARTS.values() for one in where))
 
 
 def waiting(how: dict[str, str], *, busy: bool) -> str:

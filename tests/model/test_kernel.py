@@ -218,6 +218,18 @@ def test_prompts_of_several_voices(
 
 
 @needs_bf16
+def test_inputs_with_gaps_between_their_tokens() -> None:
+    torch.manual_seed(0)
+    siblings = joined([64], 64)
+    adapter, voice = fresh(siblings, ["layer0"], 8), fresh(siblings, ["layer0"], 8, torch.bfloat16)
+    x = torch.randn(1, 6, 200).bfloat16()[..., 40:104]
+    assert torch.equal(Training(adapter).through(siblings, x), Training(adapter).through(siblings, x.clone()))
+    with torch.inference_mode():
+        one, other = (Serving([], [(voice, 6)], AdapterStacks()).through(siblings, each) for each in (x, x.clone()))
+    assert torch.equal(one, other)
+
+
+@needs_bf16
 def test_of_a_voice_that_is_gone_nothing_is_kept() -> None:
     siblings, stacks = joined([64], 64), AdapterStacks()
     voice: Adapter | None = fresh(siblings, ["layer0"], 8, torch.bfloat16)

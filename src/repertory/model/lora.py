@@ -157,10 +157,10 @@ class _CompiledLora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, siblings: Siblings, panels: Panels, scaling: float, dropout: float, *weights: Tensor
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         mask = dropout_mask(flat.shape, dropout, flat.device) if dropout else None
         kept = flat if mask is None else drop_(flat.clone(), mask)
-        y = siblings.base(flat)
+        y = siblings.base(flat).contiguous()
         scaling = scaling / (1 - dropout)
         low = panels.correct(kept, y, scaling, for_backward=any(ctx.needs_input_grad))
         ctx.save_for_backward(kept, mask, low)
@@ -219,7 +219,7 @@ class Serving:
             self._others = torch.tensor(others, device=stacks.voices[0].device)[:, :, None]
 
     def through(self, siblings: Siblings, x: Tensor) -> Tensor:
-        y = siblings.base(x)
+        y = siblings.base(x).contiguous()
         tokens, corrected = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         rows = self.row_count
         stack = self.stacks.of(siblings)

@@ -69,6 +69,8 @@ class Panels:
 
     def correct(self, x: Tensor, y: Tensor, scaling: float, *, for_backward: bool) -> Tensor | None:
         """y (N, out_features) += scaling * x A' B', x (N, in_features). The low ranks, for `gradients`."""
+        assert y.is_contiguous()
+        x = x.contiguous()
         low = torch.empty(len(x) * self.ranks, dtype=x.dtype) if for_backward else None
         packed = self._A_by_rank, self._B_by_output, self._facts
         sizes = len(x), self.inputs, self.outputs, self.ranks, len(self._facts)
@@ -77,6 +79,7 @@ class Panels:
 
     def correct_backward(self, grad_y: Tensor, grad_x: Tensor | None, mask: Tensor | None, scaling: float) -> Tensor:
         """grad_x += scaling * grad_y B A where the mask is set. The gradients of the low ranks, for `gradients`."""
+        assert grad_y.is_contiguous()
         low = torch.empty(len(grad_y) * self.ranks, dtype=grad_y.dtype)
         packed = self._B_by_rank, self._A_by_input, self._facts
         sizes = len(grad_y), self.inputs, self.outputs, self.ranks, len(self._facts)
