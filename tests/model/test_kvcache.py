@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import ref
 
 import pytest
 import torch
@@ -100,3 +101,40 @@ def test_a_cache_that_could_not_grow_in_all_layers_grows_later(monkeypatch: pyte
     for layer in range(2):
         assert cache.pools[256].layer(layer, torch.zeros(1, 2, 1, 4)).shape == (2, 4, 2, 256, 4)
         assert held_by(cache, first, layer)[0, :, :10].eq(layer + 1).all()
+
+
+def test_addresses_are_those_of_the_rows_whoever_comes_and_goes() -> None:
+    cache, inside = KVCache(2), [Holder() for _ in range(3)]
+
+    def check() -> None:
+        found = cache.addresses(inside)
+        assert cache.addresses(inside) is found
+        for layer in range(2):
+            for number, holder in enumerate(inside):
+                keys, values = held_by(cache, holder, layer)
+                capacity = cache.place(holder)[0]
+                assert found[layer, number].tolist() == [keys.data_ptr(), values.data_ptr(), capacity]
+
+    for holder, tokens in zip(inside, (100, 5000, 100), strict=True):
+        cache.enter(holder, tokens)
+        for layer in range(2):
+            held_by(cache, holder, layer)
+    check()
+    inside.reverse()
+    check()
+    inside.append(Holder())
+    cache.enter(inside[-1], 200)  # the rows of its capacity move, to make room for it
+    check()
+    cache.leave(inside.pop(0))  # and the last one takes the place of who leaves
+    check()
+
+
+def test_a_cache_holds_nobody_who_has_left() -> None:
+    cache, holder = KVCache(1), Holder()
+    cache.enter(holder, 10)
+    held_by(cache, holder)
+    cache.addresses([holder])
+    cache.leave(holder)
+    gone = ref(holder)
+    del holder
+    assert gone() is None

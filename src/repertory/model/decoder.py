@@ -9,20 +9,24 @@ Shapes: L layers, N rows, P projections of a block, G key/value heads, D head si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repertory.model.adapter import Adapter
 from repertory.model.attention import Scoring
-from repertory.model.decoding_kernel import COLUMNS, PROJECTIONS, RANK_MULTIPLE, step
-from repertory.model.kernel import HAS_BF16_PRODUCTS, HAS_FMA
+from repertory.model.decoding_kernel import (
+    COLUMNS,
+    PROJECTIONS,
+    RANK_MULTIPLE,
+    step,
+    step_without_bf16_products,
+)
+from repertory.model.kernel import HAS_BF16_PRODUCTS, is_for
 from repertory.model.kvcache import Holder, KVCache
 from repertory.model.layers import LoraLinear, Siblings
 from repertory.model.rmsnorm import RMSNorm
@@ -30,11 +34,10 @@ from repertory.model.rmsnorm import RMSNorm
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # the self-test at load compares each with its general pass
 
 MOST_TABLES = 64  # twice a batch; those of unusual ranks hold copies of the weights, which must not add up
-_CACHE_LINE = 8  # int64
 
 
 class Decoder:
-    """Runs on the thread that drives the device, and helpers of its own."""
+    """Runs on the thread that drives the device, and the others that torch has."""
 
     @staticmethod
     def of(
@@ -46,7 +49,7 @@ class Decoder:
         """
         weights = [layer.base for layer in layers.values()]
         if (
-            not HAS_FMA
+            not is_for(model.lm_head.weight)
             or model.config.model_type not in FAMILIES
             or model.config.hidden_act != "silu"
             or dtype not in (torch.bfloat16, torch.float32)
@@ -66,8 +69,7 @@ class Decoder:
         self.blocks = blocks
         self.dtype = dtype
         self.threads = torch.get_num_threads()
-        self._helpers = ThreadPoolExecutor(max(1, self.threads - 1), thread_name_prefix="decoder")
-        self._meeting = np.zeros((2, _CACHE_LINE), np.int64)
+        self._meeting = torch.zeros(2, 8, dtype=torch.int64)  # a cache line each
         self.head: Tensor = model.lm_head.weight
         self._weights = [block.weights for block in blocks]  # held, whatever becomes of the model
         attention = model.model.layers[0].self_attn
@@ -76,22 +78,18 @@ class Decoder:
         self.head_size: int = attention.head_dim
         self.width: int = config.intermediate_size
         self.has_bf16_products = dtype == torch.bfloat16 and HAS_BF16_PRODUCTS
-        like = np.empty(0, np.uint16 if dtype == torch.bfloat16 else np.float32)
         norms = [norm for block in blocks for norm in (block.input_norm, block.output_norm)]
+        self._facts = (int(blocks[0].head_norms is not None), float(config.rms_norm_eps), float(scorings[0].scale))
         self._model = (
-            like,
-            (self.heads, self.groups, self.head_size, self.width, blocks[0].head_norms is not None),
-            np.float32(config.rms_norm_eps),
-            np.float32(scorings[0].scale),
-            np.array([[weight.data_ptr() for weight in block] for block in self._weights], np.int64),
-            self.head.data_ptr(),
+            torch.tensor([[weight.data_ptr() for weight in block] for block in self._weights]),
             _fp32([norm.weight for norm in (*norms, model.model.norm)]),
             _fp32([block.bias for block in blocks]),
             _fp32([block.head_weights for block in blocks]),
-            np.array([how.window or 0 for how in scorings], np.int64),
+            torch.tensor([how.window or 0 for how in scorings]),
         )
         self._tables: WeakKeyDictionary[Adapter, _Table] = WeakKeyDictionary()
         self._none = _Table.of(None, blocks)
+        self._told: tuple[list[ref[_Table]], tuple[Any, ...]] = [], ()  # of the last step's voices, none of them held
         self._memory = _Memory(self)
 
     @torch.inference_mode()
@@ -105,16 +103,17 @@ class Decoder:
         places = torch.tensor([holder.cached_tokens for holder in holders])
         hidden = self.embeddings(torch.tensor(ids))
         cos, sin = self.rotation(hidden[None], places[None])
-        numbers = [np.ascontiguousarray(each.float().numpy()) for each in (hidden, cos[0], sin[0])]
-        rows = (*numbers, places.numpy(), cache.addresses(holders))
+        numbers = [each.float().contiguous() for each in (hidden, cos, sin)]
         tables = [self._none if voice is None else self._table(voice) for voice in voices]
-        memory = self._memory.of(len(ids), int(places.max()) + 1, max(table.ranks.max() for table in tables))
-        asked: Any = (self.threads, self._meeting, self._model, rows, self._voices(tables), memory)
-        helping = [self._helpers.submit(step, thread, *asked) for thread in range(1, self.threads)]
-        step(0, *asked)
-        for helper in helping:
-            helper.result()
-        return torch.from_numpy(memory[7])
+        memory = self._memory.of(len(ids), int(places.max()) + 1, max(table.most_ranks for table in tables))
+        sizes = len(self.blocks), len(ids), hidden.shape[1], len(self.head), self.heads, self.groups, self.head_size
+        sizes_within = self.width, memory.rank, memory.longest
+        rows = (*numbers, places, cache.addresses(holders))
+        way = step if self.has_bf16_products or self.dtype == torch.float32 else step_without_bf16_products
+        asked = (self.head, self._meeting, self.threads, *sizes, *sizes_within, *self._facts, *self._model, *rows)
+        told = (*self._voices(tables), *memory.each_row, *memory.each_thread)
+        way.run(self.threads, *asked, *told, threads=self.threads)
+        return memory.logits[: len(ids)]
 
     def _table(self, voice: Adapter) -> _Table:
         table = self._tables.pop(voice, None) or _Table.of(voice, self.blocks)
@@ -124,10 +123,15 @@ class Decoder:
         return table
 
     def _voices(self, tables: list[_Table]) -> tuple[Any, ...]:
-        stacked = [np.stack([getattr(table, name) for table in tables]) for name in ("As", "Bs", "ranks")]
-        scalings = np.array([table.scaling for table in tables], np.float32)
-        nothing = np.zeros(len(tables), np.int64)
-        return (any(table is not self._none for table in tables), *stacked, scalings, nothing)
+        if [known() for known in self._told[0]] != tables:
+            stacked = [torch.stack([getattr(table, name) for table in tables]) for name in ("As", "Bs", "ranks")]
+            scalings = torch.tensor([table.scaling for table in tables], dtype=torch.float32)
+            nothing = torch.zeros(len(tables), dtype=torch.int64)
+            self._told = (
+                [ref(table) for table in tables],
+                (int(any(table.most_ranks for table in tables)), *stacked, scalings, nothing),
+            )
+        return self._told[1]
 
 
 @dataclass(frozen=True)
@@ -197,19 +201,20 @@ class _Block:
         return torch.stack([norm.weight for norm in self.head_norms])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Table:
     """Where the weights of one voice lie: each (L, P)."""
 
-    As: np.ndarray[Any, Any]
-    Bs: np.ndarray[Any, Any]
-    ranks: np.ndarray[Any, Any]  # 0 where the voice corrects nothing
+    As: Tensor
+    Bs: Tensor
+    ranks: Tensor  # 0 where the voice corrects nothing
     scaling: float
     padded: list[Tensor]  # copies of weights whose rank is no multiple of what the kernel reads at a time
+    most_ranks: int
 
     @staticmethod
     def of(voice: Adapter | None, blocks: list[_Block]) -> _Table:
-        As, Bs, ranks = np.zeros((3, len(blocks), len(PROJECTIONS)), np.int64)
+        As, Bs, ranks = torch.zeros(3, len(blocks), len(PROJECTIONS), dtype=torch.int64)
         padded = []
         for at, block in enumerate(blocks):
             for p, layer in enumerate(block.layers):
@@ -219,7 +224,8 @@ class _Table:
                         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
                     padded += [A, B]  # held: where they are the voice's own, this costs nothing
                     As[at, p], Bs[at, p], ranks[at, p] = A.data_ptr(), B.data_ptr(), A.shape[0]
-        return _Table(As, Bs, ranks, 1.0 if voice is None else voice.config.scaling, padded)
+        scaling = 1.0 if voice is None else voice.config.scaling
+        return _Table(As, Bs, ranks, scaling, padded, int(ranks.max()))
 
 
 class _Memory:
@@ -228,31 +234,43 @@ class _Memory:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._most = (0, 0, 0)  # rows, tokens and rank that there is room for
-        self._each_row: list[np.ndarray[Any, Any]] = []
-        self._each_thread: list[np.ndarray[Any, Any]] = []
+        self.each_row: list[Tensor] = []
+        self.each_thread: list[Tensor] = []
 
-    def of(self, rows: int, tokens: int, rank: int) -> tuple[np.ndarray[Any, Any], ...]:
+    def of(self, rows: int, tokens: int, rank: int) -> _Memory:
         asked = rows, tokens, max(rank, RANK_MULTIPLE)
         if any(need > have for need, have in zip(asked, self._most, strict=True)):
-            self._most = tuple(max(pair) for pair in zip(asked, self._most, strict=True))  # type: ignore[assignment]
-            self._make(self._most[0], 2 * self._most[1], self._most[2])
-        return (*(memory[:rows] for memory in self._each_row), *self._each_thread)
+            rows, tokens, rank = (max(pair) for pair in zip(asked, self._most, strict=True))
+            self._most = rows, 2 * tokens, rank
+            self._make(*self._most)
+        return self
+
+    @property
+    def rank(self) -> int:
+        return self._most[2]
+
+    @property
+    def longest(self) -> int:
+        return self._most[1] + COLUMNS
+
+    @property
+    def logits(self) -> Tensor:
+        return self.each_row[-1]
 
     def _make(self, rows: int, tokens: int, rank: int) -> None:
         of, H = self._decoder, self._decoder.embeddings.embedding_dim
         queries, keys = of.heads * of.head_size, of.groups * of.head_size
-        inputs, vocabulary = np.uint16 if of.has_bf16_products else np.float32, len(of.head)
-        self._each_row = [np.empty((rows, width), inputs) for width in (H, queries, of.width)]
-        self._each_row.append(np.empty((rows, len(PROJECTIONS), rank), np.float32))
-        widths = queries + 2 * keys, H, 2 * of.width, vocabulary
-        self._each_row += [np.empty((rows, width), np.float32) for width in widths]
+        inputs, vocabulary = torch.bfloat16 if of.has_bf16_products else torch.float32, len(of.head)
+        self.each_row = [torch.empty(rows, width, dtype=inputs) for width in (H, queries, of.width)]
+        widths = len(PROJECTIONS) * rank, queries + 2 * keys, H, 2 * of.width, vocabulary
+        self.each_row += [torch.empty(rows, width) for width in widths]
         group = of.heads // of.groups
-        self._each_thread = [
-            np.empty((of.threads, group * of.head_size), inputs),
-            np.empty((of.threads, group, tokens + COLUMNS), np.float32),
-            np.empty((of.threads, of.head_size), np.float32),
+        self.each_thread = [
+            torch.empty(of.threads, group * of.head_size, dtype=inputs),
+            torch.empty(of.threads, group, self.longest),
+            torch.empty(of.threads, of.head_size),
         ]
 
 
-def _fp32(tensors: Sequence[Tensor]) -> np.ndarray[Any, Any]:
-    return torch.stack(list(tensors)).float().numpy()
+def _fp32(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).float()

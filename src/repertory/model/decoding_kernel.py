@@ -19,17 +19,23 @@ from llvmlite import ir
 from numba import carray, types
 
 from repertory.model.kernel import (
+    FP32,
+    INT64,
     LANES,
     LLVM_FLOAT,
     LLVM_INT32,
+    Kernel,
     address,
+    argument,
     atomic_add,
     compiled,
     exp,
+    float_argument,
     get,
     intrinsic,
     pointer,
     put,
+    table,
 )
 from repertory.model.vectors import FLOATS, Vectors, number
 
@@ -402,12 +408,75 @@ def attend(g, qkv, heads, groups, place, K, V, like, window, scale, eps, is_norm
             put(out, first + d, total[d] / weights)
 
 
-@compiled(nogil=True)
-def step(thread, threads, meeting, model, rows, voices, memory):
-    """One thread's part in a step; all `threads` call it. Of each row of `rows` the logits are then in memory.
+@Kernel
+def step(asked, thread, like):
+    """One thread's part in a step; a block of the work is a thread, and all meet.
 
-    model, rows, voices, memory: the tuples that `decoder.Decoder` makes.
+    Asked are the output embeddings, and then what `Decoder` puts together, in the order of `_start`.
     """
+    _start(asked, thread, like, like)
+
+
+@Kernel
+def step_without_bf16_products(asked, thread, like):
+    _start(asked, thread, like, FP32)
+
+
+@compiled()
+def _start(asked, thread, like, inputs):
+    """`inputs`: as what elements of what is multiplied with the weights are held."""
+    head, meeting, threads = argument(asked, 0), table(argument(asked, 1), (2, 8), INT64), argument(asked, 2)
+    layers, count, H, V = argument(asked, 3), argument(asked, 4), argument(asked, 5), argument(asked, 6)
+    heads, groups, D, inter = argument(asked, 7), argument(asked, 8), argument(asked, 9), argument(asked, 10)
+    rank, longest = argument(asked, 11), argument(asked, 12)
+    queries, qkv = heads * D, (heads + 2 * groups) * D
+    P = len(PROJECTIONS)
+    model = (
+        like,
+        (heads, groups, D, inter, argument(asked, 13) != 0),
+        float_argument(asked, 14),
+        float_argument(asked, 15),
+        table(argument(asked, 16), (layers, 4), INT64),
+        head,
+        table(argument(asked, 17), (2 * layers + 1, H), FP32),
+        table(argument(asked, 18), (layers, qkv), FP32),
+        table(argument(asked, 19), (layers, 2, D), FP32),
+        table(argument(asked, 20), (layers,), INT64),
+    )
+    rows = (
+        table(argument(asked, 21), (count, H), FP32),
+        table(argument(asked, 22), (count, D), FP32),
+        table(argument(asked, 23), (count, D), FP32),
+        table(argument(asked, 24), (count,), INT64),
+        table(argument(asked, 25), (layers, count, 3), INT64),
+    )
+    voices = (
+        argument(asked, 26) != 0,
+        table(argument(asked, 27), (count, layers, P), INT64),
+        table(argument(asked, 28), (count, layers, P), INT64),
+        table(argument(asked, 29), (count, layers, P), INT64),
+        table(argument(asked, 30), (count,), FP32),
+        table(argument(asked, 31), (count,), INT64),
+    )
+    memory = (
+        table(argument(asked, 32), (count, H), inputs),
+        table(argument(asked, 33), (count, queries), inputs),
+        table(argument(asked, 34), (count, inter), inputs),
+        table(argument(asked, 35), (count, P, rank), FP32),
+        table(argument(asked, 36), (count, qkv), FP32),
+        table(argument(asked, 37), (count, H), FP32),
+        table(argument(asked, 38), (count, 2 * inter), FP32),
+        table(argument(asked, 39), (count, V), FP32),
+        table(argument(asked, 40), (threads, heads // groups * D), inputs),
+        table(argument(asked, 41), (threads, heads // groups, longest), FP32),
+        table(argument(asked, 42), (threads, D), FP32),
+    )
+    _step(thread, threads, meeting, model, rows, voices, memory)
+
+
+@compiled()
+def _step(thread, threads, meeting, model, rows, voices, memory):
+    """Of each of `rows` the logits are then in `memory`."""
     like, sizes, eps, scale, weights, head, norms, biases, head_norms, windows = model
     hidden, cos, sin, places, kv = rows
     has_voices, As, Bs, ranks, scalings, nothing = voices

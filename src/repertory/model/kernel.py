@@ -11,7 +11,7 @@ import ctypes
 import hashlib
 import inspect
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -70,26 +70,32 @@ class Kernel:
     def __init__(self, function: Any) -> None:
         self._name, self._version = function.__qualname__, _version(function)
         self._function = compiled(fastmath=True)(function)
+        self._code: dict[int, Any] = {}  # by the elements' size
 
-    @cached_property
-    def _code(self) -> Any:
-        """Compiled when it is first asked for. In its own globals it finds which function it is about."""
-        names = {**globals(), "compute": self._function}
-        function = FunctionType(_blocks.__code__, names)
-        function.__qualname__ = f"{self._function.py_func.__module__}.{self._name}"
-        signature = types.void(types.CPointer(types.int64))
-        return _cached(lambda **more: cfunc(signature, error_model="numpy", **more), function, self._version)
+    def _compiled_for(self, size: int) -> Any:
+        """In its own globals it finds which function it is about, and the elements."""
+        if size not in self._code:
+            names = {**globals(), "compute": self._function, "like": BF16 if size == 2 else FP32}
+            function = FunctionType(_blocks.__code__, names)
+            function.__qualname__ = f"{self._function.py_func.__module__}.{self._name}_{size}"
+            signature = types.void(types.CPointer(types.int64))
+            self._code[size] = _cached(
+                lambda **more: cfunc(signature, error_model="numpy", **more), function, self._version
+            )
+        return self._code[size]
 
-    def run(self, blocks: int, *arguments: Tensor | float) -> None:
-        """All blocks, on torch's threads. The elements are like those of the first argument, a tensor; of tensors the
-        kernel gets the addresses, of a float its bits in fp32."""
+    def run(self, blocks: int, *arguments: Tensor | float, threads: int | None = None) -> None:
+        """All blocks, on torch's threads or on so many; compiled when it is first asked for. The elements are like
+        those of the first argument, a tensor. Of tensors the kernel gets the addresses, of a float its bits in fp32.
+        """
         first = arguments[0]
         assert isinstance(first, Tensor)
-        asked = (ctypes.c_int64 * (ASKED + len(arguments)))(0, blocks, first.itemsize, *map(_as_int64, arguments))
-        _gomp_parallel()(self._code.address, asked, min(blocks, torch.get_num_threads()), 0)
+        asked = (ctypes.c_int64 * (ASKED + len(arguments)))(0, blocks, *map(_as_int64, arguments))
+        code = self._compiled_for(2 if first.itemsize == 2 else 4)
+        _gomp_parallel()(code.address, asked, threads or min(blocks, torch.get_num_threads()), 0)
 
 
-ASKED = 3  # numbers before a kernel's own arguments
+ASKED = 2  # numbers before a kernel's own arguments
 
 
 def _as_int64(argument: Tensor | float) -> int:
@@ -130,10 +136,7 @@ def _blocks(asked):
     """Block after block, until all are taken."""
     at = atomic_add(asked, 1)
     while at < asked[1]:
-        if asked[2] == 2:
-            compute(asked, at, BF16)  # type: ignore[name-defined]  # noqa: F821
-        else:
-            compute(asked, at, FP32)  # type: ignore[name-defined]  # noqa: F821
+        compute(asked, at, like)  # type: ignore[name-defined]  # noqa: F821
         at = atomic_add(asked, 1)
 
 
@@ -224,6 +227,12 @@ def address(array, element):
 def row(begin, at, width, like):
     """Row `at` of the matrix at the address `begin`, whose rows are `width` elements apart."""
     return carray(pointer(begin + at * width * like.itemsize, like), (width,))
+
+
+@compiled(inline="always")
+def table(begin, shape, like):
+    """What lies at the address `begin`, as an array."""
+    return carray(pointer(begin, like), shape)
 
 
 LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)

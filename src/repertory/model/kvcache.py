@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +37,11 @@ class KVCache:
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.pools: dict[int, Pool] = {}  # by capacity
+        self._found: tuple[list[Holder], Tensor] = [], torch.empty(0)  # the last addresses, until a row moves
 
     def enter(self, holder: Holder, tokens: int) -> None:
         """Give it a row with room for `tokens` tokens."""
+        self._found = [], torch.empty(0)
         capacity = _doubled(LEAST_CAPACITY, tokens)
         pool = self.pools.get(capacity) or Pool(capacity, self.layers)
         pool.enter(holder)
@@ -48,6 +49,7 @@ class KVCache:
 
     def leave(self, holder: Holder) -> None:
         """Its row is free; memory is given back with the last row of a pool."""
+        self._found = [], torch.empty(0)
         pool = self._pool(holder)
         pool.leave(holder)
         if not pool.holders:
@@ -61,20 +63,21 @@ class KVCache:
         pool = self._pool(holder)
         return pool.capacity, pool.holders.index(holder)
 
-    def addresses(self, holders: Sequence[Holder]) -> np.ndarray[Any, Any]:
+    def addresses(self, holders: Sequence[Holder]) -> Tensor:
         """Of each layer and holder where its keys and its values lie in memory, and its row's capacity: (L, N, 3)."""
-        found = np.empty((self.layers, len(holders), 3), np.int64)
+        if holders and list(map(id, self._found[0])) == list(map(id, holders)):
+            return self._found[1]
+        found = torch.empty(self.layers, len(holders), 3, dtype=torch.int64)
         places = [self.place(holder) for holder in holders]
         for capacity, pool in self.pools.items():
             here = [at for at, place in enumerate(places) if place[0] == capacity]
-            if not here:
-                continue
-            rows = np.array([places[at][1] for at in here], np.int64)
-            for layer, held in enumerate(pool.layers):
+            rows = torch.tensor([places[at][1] for at in here], dtype=torch.int64)
+            for layer, held in enumerate(pool.layers if here else ()):
                 assert held is not None, "a sequence decodes after its prompt"
-                sizes = np.array(held.stride()[:2]) * held.itemsize
-                keys = held.data_ptr() + rows * sizes[1]
-                found[layer, here] = np.stack((keys, keys + sizes[0], np.full_like(rows, capacity)), axis=1)
+                to_values, to_row = (stride * held.itemsize for stride in held.stride()[:2])
+                keys = held.data_ptr() + rows * to_row
+                found[layer, here] = torch.stack((keys, keys + to_values, torch.full_like(rows, capacity)), dim=1)
+        self._found = list(holders), found
         return found
 
     def read(self, holder: Holder, begin: int, end: int) -> Tensor:
