@@ -1,9 +1,9 @@
 """How much memory a base model and a training run take, from shapes alone: no weights are needed, nothing is run.
 
 Activations are what autograd keeps between forward and backward, counted operation by operation as this package
-computes them (`lora`, `rmsnorm`, `gatedmlp`, `attention.PackedRows`, `microbatch`), for one micro-batch. Measured
+computes them (`lora`, `rmsnorm`, `gatedmlp`, `attention.PackedRows`, `crossentropy`), for one micro-batch. Measured
 beside it on a CPU (bundled model, rank 16, all linear layers, 128 to 640 tokens, fp32 and bf16; `docs/log.md`):
-`python -m benchmarks.memory` sees a resident memory that rises 1.41 to 1.74 times as far, for which ALLOCATOR_OVERHEAD
+`python -m benchmarks.memory` sees a resident memory that rises 1.16 to 1.45 times as far, for which ALLOCATOR_OVERHEAD
 stands. No GPU has confirmed the figures yet.
 
 Shapes: h hidden size, i intermediate size, q query heads x head size.
@@ -29,7 +29,7 @@ LOGITS_POSITIONS = 128  # `crossentropy.CHUNK`, which cannot be imported from he
 BYTES_PER_LOGIT = 12  # in the base's precision, in fp32, their logarithm, and the gradient: measured, see the test
 # What glibc takes from the system for what torch allocates: freed blocks that nothing later fits into. Measured, see
 # above. torch's own allocator on CUDA rounds little.
-ALLOCATOR_OVERHEAD = {"cpu": 1.6, "cuda": 1.0}
+ALLOCATOR_OVERHEAD = {"cpu": 1.4, "cuda": 1.0}
 LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller tensors in fp32
 GIB = 2**30
 SHORTER_ROWS = (1024, 512, 256)  # tokens: what is advised where a row does not fit
@@ -158,7 +158,7 @@ class Demand:
         """
         architecture, batch, element = self.architecture, self.batch, BYTES[self.key.dtype]
         block = self._kept_by_a_block()
-        logits = min(batch.tokens, LOGITS_POSITIONS) * architecture.vocabulary * BYTES_PER_LOGIT
+        logits = self._logits
         gradients = batch.tokens * 3 * (architecture.intermediate_size + architecture.hidden_size) * element
         unpacked = 0  # quantized weights become a whole matrix for their product
         if self.key.quantization != "none":
@@ -172,6 +172,14 @@ class Demand:
         else:
             peak = architecture.blocks * block + max(logits, gradients, weights)
         return int((peak + unpacked) * ALLOCATOR_OVERHEAD[self.device])
+
+    @property
+    def _logits(self) -> int:
+        """Bytes of a chunk of them. A compiled loss writes the gradient over them."""
+        vocabulary, tokens = self.architecture.vocabulary, self.batch.tokens
+        if self.device == "cpu" and self.key.dtype != "fp16" and not self.architecture.is_softcapped:
+            return min(tokens, 2 * LOGITS_POSITIONS) * vocabulary * BYTES[self.key.dtype]
+        return min(tokens, LOGITS_POSITIONS) * vocabulary * BYTES_PER_LOGIT
 
     def _kept_by_a_block(self) -> int:
         """Bytes that autograd keeps of one block."""
