@@ -97,7 +97,7 @@ def stored(service: RunningService, org_id: str) -> list[Path]:
 
 def test_an_export_becomes_a_dataset(service: RunningService, export: Path) -> None:
     accepted = send(service, export, "journey")
-    assert accepted["status"] == "queued"
+    assert accepted["status"] in ("queued", "preparing")  # it may have begun
     at = f"/datasets/{accepted['dataset_id']}"
     dataset = prepared(service, accepted["dataset_id"])
     assert dataset["status"] == "needs_persona"

@@ -101,9 +101,12 @@ ASKED = 2  # numbers before a kernel's own arguments
 def _as_int64(argument: Tensor | float) -> int:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    if isinstance(argument, float):
-        return int(np.float32(argument).view(np.int32))
-    return argument
+    return as_bits(argument) if isinstance(argument, float) else argument
+
+
+def as_bits(value: float) -> int:
+    """Of a number in fp32."""
+    return int(np.float32(value).view(np.int32))
 
 
 @cache

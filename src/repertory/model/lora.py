@@ -23,7 +23,7 @@ from torch import Tensor
 
 from repertory.model.adapter import Adapter
 from repertory.model.layers import Siblings
-from repertory.model.panels import Panels
+from repertory.model.panels import Panels, correct_stretches
 
 MOST_ALONE = 32  # voices that read prompts whose weights are kept side by side: as many as there are rows
 TOKEN_MULTIPLE = 16  # oneDNN plans each new shape of a product, for about a millisecond
@@ -230,13 +230,12 @@ class Serving:
                 # Filled, not multiplied by 0: what overflows in one voice must not reach the others.
                 low_rank.view(rows, self._others.shape[1], -1).masked_fill_(self._others, 0)
             corrected[:rows].addmm_(low_rank, B)
-        begin = rows
+        begin, stretches = rows, []
         for voice, count in self.chunks:
             alone = None if voice is None else self.stacks.alone(voice, siblings, x.dtype)
             if isinstance(alone, Panels):
                 assert voice is not None
-                span = slice(begin, begin + count)
-                alone.correct(tokens[span], corrected[span], voice.config.scaling, for_backward=False)
+                stretches.append((alone, voice.config.scaling, begin, count))
             elif alone is not None:
                 # Some tokens more are multiplied than the voice has, so that products have few different shapes.
                 A, B = alone
@@ -244,6 +243,8 @@ class Serving:
                 correction = F.linear(tokens[begin : begin + padded], A) @ B
                 corrected[begin : begin + count].add_(correction[:count])
             begin += count
+        if stretches:
+            correct_stretches(stretches, tokens, corrected)
         return y
 
 

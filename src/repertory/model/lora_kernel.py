@@ -30,6 +30,7 @@ from repertory.model.kernel import (
     argument,
     compiled,
     float_argument,
+    from_bits,
     get,
     intrinsic,
     pointer,
@@ -45,6 +46,7 @@ STRIP = 2 * PANEL  # columns at a time; all widths are multiples
 # Of each sibling: where its outputs begin, how many; where its ranks begin, how many, how many of these are not filled
 # up; where its panels begin; the addresses of the gradients of its A and its B.
 FACTS = 8
+STRETCH = 11  # numbers about one
 _BEGIN, _OUTPUTS, _FIRST, _RANKS, _REAL, _PANELS, _GRAD_A, _GRAD_B = range(FACTS)
 
 
@@ -193,28 +195,28 @@ def _expand(count, low, first, R, packed, ranks, width, to, to_stride, mask, mas
 
 @Kernel
 def correct(asked, at, like):
-    """y += scaling * x A' B', sibling by sibling.
+    """y += scaling * x A' B', sibling by sibling, for several stretches of tokens, each with the adapter of its own.
 
-    x (N, in_features), y (N, out_features), packed A (by ranks), packed B (by outputs), facts; low ranks in pairs for
-    the backward pass, or 0; N, in_features, out_features, R, siblings, scaling.
+    Asked are the stretches, their number, in_features and out_features. Of each: its first block of the work; the
+    addresses of its x and y, of packed A (by ranks) and B (by outputs), of its facts, and of the low ranks in pairs for
+    the backward pass, or 0; N, R, siblings, and the bits of the scaling.
     """
-    N, K, width, R, siblings = (
-        argument(asked, 6),
-        argument(asked, 7),
-        argument(asked, 8),
-        argument(asked, 9),
-        argument(asked, 10),
-    )
-    scaling = float_argument(asked, 11)
+    which = argument(asked, 1) - 1
+    while row(argument(asked, 0), which, STRETCH, INT64)[0] > at:
+        which -= 1
+    stretch, K, width = row(argument(asked, 0), which, STRETCH, INT64), argument(asked, 2), argument(asked, 3)
+    x, to, A, pairs = stretch[1], stretch[2], stretch[3], stretch[6]
+    N, R, scaling = stretch[7], stretch[8], from_bits(np.uint32(stretch[10]))
     out, low = np.empty(ROWS * STRIP, np.float32), np.empty(ROWS * R, np.uint16)
-    for n in range(at * BLOCK_TOKENS, min((at + 1) * BLOCK_TOKENS, N), ROWS):
+    block = at - stretch[0]
+    for n in range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, N), ROWS):
         count = min(ROWS, N - n)
-        _reduce(count, argument(asked, 0) + 2 * n * K, K, argument(asked, 2), K // 2, R, 0, R, scaling, low, out)
-        if argument(asked, 5):
-            _interleave(low, count, n, R, row(argument(asked, 5), 0, N * R, BF16))
-        for s in range(siblings):
-            fact = row(argument(asked, 4), s, FACTS, INT64)
-            B, y = argument(asked, 3) + 2 * fact[_PANELS], argument(asked, 1) + 2 * (n * width + fact[_BEGIN])
+        _reduce(count, x + 2 * n * K, K, A, K // 2, R, 0, R, scaling, low, out)
+        if pairs:
+            _interleave(low, count, n, R, row(pairs, 0, N * R, BF16))
+        for s in range(stretch[9]):
+            fact = row(stretch[5], s, FACTS, INT64)
+            B, y = stretch[4] + 2 * fact[_PANELS], to + 2 * (n * width + fact[_BEGIN])
             _expand(count, low, fact[_FIRST], R, B, fact[_RANKS], fact[_OUTPUTS], y, width, 0, 0, out)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from repertory.model.kernel import HAS_BF16_PRODUCTS, is_for
+from repertory.model.kernel import HAS_BF16_PRODUCTS, as_bits, is_for
 from repertory.model.layers import Siblings
 from repertory.model.lora_kernel import BLOCK_TOKENS, PANEL, STRIP, correct, correct_backward, gradients, pack
 
@@ -69,12 +69,8 @@ class Panels:
 
     def correct(self, x: Tensor, y: Tensor, scaling: float, *, for_backward: bool) -> Tensor | None:
         """y (N, out_features) += scaling * x A' B', x (N, in_features). The low ranks, for `gradients`."""
-        assert y.is_contiguous()
-        x = x.contiguous()
         low = torch.empty(len(x) * self.ranks, dtype=x.dtype) if for_backward else None
-        packed = self._A_by_rank, self._B_by_output, self._facts
-        sizes = len(x), self.inputs, self.outputs, self.ranks, len(self._facts)
-        correct.run(-(-len(x) // BLOCK_TOKENS), x, y, *packed, 0 if low is None else low, *sizes, float(scaling))
+        correct_stretches([(self, scaling, 0, len(x))], x, y, low)
         return low
 
     def correct_backward(self, grad_y: Tensor, grad_x: Tensor | None, mask: Tensor | None, scaling: float) -> Tensor:
@@ -99,6 +95,26 @@ class Panels:
         sizes = len(x), self.inputs, self.outputs, self.ranks, len(facts)
         gradients.run(blocks, x, grad_y, low, grad_low, facts, *sizes)
         return [*grads_A, *grads_B]
+
+
+def correct_stretches(
+    stretches: Sequence[tuple[Panels, float, int, int]], x: Tensor, y: Tensor, low: Tensor | None = None
+) -> None:
+    """y (N, out_features) += scaling * x A' B', x (N, in_features), for stretches of the tokens.
+
+    Of each: whose panels, the scaling, its first token, and how many.
+    """
+    assert y.is_contiguous()
+    x, first, about = x.contiguous(), 0, []
+    inputs, outputs = x.shape[-1], y.shape[-1]
+    for panels, scaling, begin, count in stretches:
+        reads, writes = x.data_ptr() + 2 * begin * inputs, y.data_ptr() + 2 * begin * outputs
+        packed = panels._A_by_rank.data_ptr(), panels._B_by_output.data_ptr(), panels._facts.data_ptr()
+        pairs = 0 if low is None else low.data_ptr()
+        sizes = count, panels.ranks, len(panels._facts), as_bits(scaling)
+        about.append((first, reads, writes, *packed, pairs, *sizes))
+        first += -(-count // BLOCK_TOKENS)
+    correct.run(first, torch.tensor(about), len(about), inputs, outputs)
 
 
 def _room(numbers: int) -> Tensor:
