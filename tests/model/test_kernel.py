@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, silu
 
-from repertory.model import crossentropy, gatedmlp, kernel, lora, panels, rmsnorm
+from repertory.contracts import BaseKey
+from repertory.data.render import NO_LABEL, Row
+from repertory.model import attention, crossentropy, gatedmlp, kernel, lora, panels, rmsnorm
+from repertory.model import base as base_module
 from repertory.model.adapter import Adapter, LoraConfig
+from repertory.model.base import Base
+from repertory.model.engine import Engine
 from repertory.model.layers import LoraLinear, Router, Siblings
 from repertory.model.lora import AdapterStacks, Serving, Training
+from repertory.model.microbatch import MicroBatch
+from repertory.settings import Settings
+from repertory_fixtures import LoadBase, greedy
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
@@ -243,7 +251,110 @@ def test_of_a_voice_that_is_gone_nothing_is_kept() -> None:
         assert len(stacks._alone) <= lora.MOST_ALONE
 
 
+# A whole model
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("prefix", [0, 1, 30])  # 30 exceeds mistral's window of 16
+@pytest.mark.parametrize("most_written_out", [attention.MOST_WRITTEN_OUT, 0])
+def test_loss_and_gradients_are_those_of_double_precision(
+    load_base: LoadBase,
+    in_float64: Callable[[str], Base],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    prefix: int,
+    most_written_out: int,
+) -> None:
+    """Which torch computes alone, and `test_attention` holds to the plain computation."""
+    monkeypatch.setattr(attention, "MOST_WRITTEN_OUT", most_written_out)
+
+    def results(base: Base) -> tuple[float, Tensor]:
+        config = LoraConfig(base_model="x", rank=4, alpha=8, dropout=0, target_modules=["q_proj"])
+        adapter = Adapter.fresh(config, base.layers, list(base.layers), 1)
+        torch.manual_seed(1)
+        for name in adapter.B:
+            adapter.A[name] = nn.Parameter(adapter.A[name].detach().to(base.dtype))
+            adapter.B[name] = nn.Parameter(torch.randn(adapter.B[name].shape).to(base.dtype) * 0.3)
+        rows = []
+        for number, length in enumerate([9, 24, 5, 9]):
+            ids = [5] * prefix + [10 + (7 * number + 3 * at) % 80 for at in range(length)]
+            rows.append(Row(ids, [NO_LABEL] * (prefix + 1) + ids[prefix + 1 :]))
+        batch = MicroBatch.of(rows, base.device)
+        assert batch.layout.prefix == prefix
+        with base.passing(batch.layout, Training(adapter)):
+            loss = batch.nll(base, None).sum()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in adapter.parameters)
+        return loss.item(), torch.cat([each.grad.flatten() for each in adapter.parameters if each.grad is not None])
+
+    loss, gradients = results(load_base(family))
+    exact_loss, exact_gradients = results(in_float64(family))
+    assert loss == pytest.approx(exact_loss, rel=1e-5)
+    assert off(gradients, exact_gradients) < 1e-4
+
+
+def test_where_there_are_no_kernels_everything_goes_through_torch(
+    cache: Path, load_base: LoadBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reply(base: Base) -> list[int]:
+        engine = Engine(base)
+        sequence = engine.sequence(greedy("Hello!", 20), None, None, lambda chunk: None)
+        sequence.stop_ids = set()
+        engine.submit(sequence)
+        while engine.has_work:
+            engine.step()
+        return sequence.output_ids
+
+    expected = reply(load_base())
+    monkeypatch.setattr(kernel, "lacking", lambda: "there are none")
+    monkeypatch.setattr(kernel.Kernel, "run", None)
+    said: list[str] = []
+    key = BaseKey(base_model="tiny/llama-gqa", quantization="none", dtype="fp32")
+    settings = Settings(_env_file=None, model_cache_dir=cache)
+    base = base_module.load("tiny/llama-gqa", settings, base_module.detect_device(), key, said.append)
+    assert "computing without compiled loops: there are none" in said
+    assert base.decoder is None
+    assert reply(base) == expected
+
+
 # What all kernels share
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_and_where_it_is(bad: float, dtype: torch.dtype, two_threads: None) -> None:
+    """A run is stopped by it, and a voice that overflows must not reach others."""
+    norm = rmsnorm.RMSNorm(nn.Parameter(torch.ones(576).to(dtype), requires_grad=False), 1e-5)
+    x = torch.randn(1, 40, 576).to(dtype)
+    x[0, 3, 7] = bad
+    assert norm(x).isfinite().all(-1).tolist() == [[at != 3 for at in range(40)]]
+    gate_up = torch.randn(1, 20, 128).to(dtype)
+    gate_up[0, 3, 7] = gate_up[0, 4, 70] = bad
+    finite = gatedmlp._GatedBySilu.apply(gate_up).isfinite()
+    assert (~finite).nonzero().tolist() == [[0, 3, 7], [0, 4, 6]]
+    hidden, weight = torch.randn(2, 32).to(dtype), torch.randn(1000, 32).to(dtype)
+    hidden[1, 0] = bad
+    base: Any = _Head(weight)
+    nll, gradient = with_gradient(
+        lambda given: crossentropy.ChunkedNLL.apply(given, torch.tensor([9, 9]), base), hidden, torch.ones(2)
+    )
+    assert nll.isfinite().tolist() == [True, False]
+    assert gradient.isfinite().all(-1).tolist() == [True, False]
+
+
+@needs_bf16
+def test_a_voice_that_overflows_does_not_reach_the_prompts_beside_it() -> None:
+    torch.manual_seed(0)
+    siblings, stacks = joined([64], 64), AdapterStacks()
+    one, other = (fresh(siblings, ["layer0"], 8, torch.bfloat16) for _ in range(2))
+    x = torch.randn(1, 40, 64).bfloat16()
+    with torch.inference_mode():
+        other.A["layer0"][0, 0] = float("inf")
+        found = Serving([], [(one, 9), (other, 20), (one, 11)], stacks).through(siblings, x)
+        alone = Serving([], [(one, 9), (None, 20), (one, 11)], stacks).through(siblings, x)
+    assert not found[:, 9:29].isfinite().all()
+    assert torch.equal(found[:, :9], alone[:, :9])
+    assert torch.equal(found[:, 29:], alone[:, 29:])
 
 
 def test_machine_code_is_named_after_all_that_it_is_made_of(tmp_path: Path) -> None:

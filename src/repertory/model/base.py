@@ -28,7 +28,7 @@ from repertory.contracts import BaseKey, Device
 from repertory.data.conversations import Message
 from repertory.data.render import Renderer
 from repertory.errors import BaseModelUnavailable, InsufficientMemory, RepertoryError
-from repertory.model import gguf
+from repertory.model import gguf, kernel
 from repertory.model.attention import (
     ATTENTION,
     Layout,
@@ -209,6 +209,8 @@ def load(name: str, settings: Settings, device: Device, key: BaseKey, say: Calla
             torch.cuda.set_per_process_memory_fraction(min(limit / device.memory_bytes, 1.0), torch_device)
     else:
         _keep_freed_memory()
+        if (reason := kernel.lacking()) is not None:
+            say(f"computing without compiled loops: {reason}")
     dtype = DTYPES[key.dtype]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import carray, types
 
 from repertory.model.kernel import (
+    FAST,
     FP32,
     INT64,
     LANES,
@@ -261,7 +262,7 @@ def share(count, multiple, thread, threads):
     return min(begin * multiple, count), min(end * multiple, count)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def normalise(x, weight, eps, out):
     """Root mean square normalisation: https://arxiv.org/abs/1910.07467."""
     total = np.float32(0)
@@ -322,7 +323,7 @@ def lower(begin, end, As, ranks, scalings, like, x, low, nothing):
         n += rows
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def turn(head, weight, eps, is_normal, cos, sin, spare):
     """In place: normalised where the model does that, and turned to its position (https://arxiv.org/abs/2104.09864)."""
     half = len(head) // 2
@@ -339,7 +340,7 @@ def turn(head, weight, eps, is_normal, cos, sin, spare):
         head[half + i] = spare[half + i] * cos[half + i] + spare[i] * sin[half + i]
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def weigh(scores, begin, end, scale):
     """Of scores their exponentials, in place; their sum is returned."""
     most = scores[begin]
@@ -356,13 +357,13 @@ def weigh(scores, begin, end, scale):
 ONE = np.float32(1)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def add(total, weight, values, first):
     for d in range(len(total)):
         total[d] += weight * get(values, first + d)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def gate(wide, begin, end, width, out):
     """silu(gate) * up, the two side by side in `wide`, each of `width`."""
     for j in range(begin, end):

@@ -33,6 +33,8 @@ LANES = 16 if "+avx512f" in _features else 8  # of a vector: numbers in fp32
 
 LLVM_FLOAT, LLVM_INT32, LLVM_INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 BF16, FP32 = np.empty(0, np.uint16), np.empty(0, np.float32)  # what elements are like
+# What arithmetic may be done for speed: other orders, but what is no number stays none, for a run to be stopped by it.
+FAST = {"reassoc", "nsz", "arcp", "contract", "afn"}
 INT8, INT64 = np.empty(0, np.int8), np.empty(0, np.int64)
 
 
@@ -69,7 +71,7 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self._name, self._version = function.__qualname__, _version(function)
-        self._function = compiled(fastmath=True)(function)
+        self._function = compiled(fastmath=FAST)(function)
         self._code: dict[int, Any] = {}  # by the elements' size
 
     def _compiled_for(self, size: int) -> Any:
@@ -130,9 +132,18 @@ def is_for(*tensors: Tensor) -> bool:
     return (
         all(each.device.type == "cpu" and each.dtype == first for each in tensors)
         and first in (torch.bfloat16, torch.float32)
-        and HAS_FMA
-        and _gomp_parallel() is not None
+        and lacking() is None
     )
+
+
+@cache
+def lacking() -> str | None:
+    """What this machine lacks for kernels, with the cure; None where nothing."""
+    if not HAS_FMA:
+        return "the processor has no fused multiply-add (FMA3 or NEON); one of the last ten years has"
+    if _gomp_parallel() is None:
+        return "torch does not compute with GNU's OpenMP library; install torch from PyPI or download.pytorch.org"
+    return None
 
 
 def _blocks(asked):

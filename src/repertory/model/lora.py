@@ -35,10 +35,10 @@ class Training:
 
     adapter: Adapter
     dropout: float = 0.0
-    _panels: dict[str, Panels] = field(default_factory=dict)
+    _panels: dict[str, Panels] = field(default_factory=dict)  # the weights, packed when they were first used
 
     def renew(self) -> None:
-        """The weights have changed."""
+        """The weights have changed: pack them again."""
         for panels in self._panels.values():
             panels.renew()
 

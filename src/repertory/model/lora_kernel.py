@@ -20,6 +20,7 @@ from numba import types
 
 from repertory.model.kernel import (
     BF16,
+    FAST,
     FP32,
     INT8,
     INT64,
@@ -47,7 +48,7 @@ STRIP = 2 * PANEL  # columns at a time; all widths are multiples
 # up; where its panels begin; the addresses of the gradients of its A and its B.
 FACTS = 8
 STRETCH = 11  # numbers about one
-_BEGIN, _OUTPUTS, _FIRST, _RANKS, _REAL, _PANELS, _GRAD_A, _GRAD_B = range(FACTS)
+BEGIN, OUTPUTS, FIRST, RANKS, REAL, PANELS, GRAD_A, GRAD_B = range(FACTS)
 
 
 class _Products(Vectors):
@@ -157,7 +158,7 @@ def _multiply(count, x, x_stride, packed, panel_size, pairs, columns, out):
                 _panels_1_1(from_, x_stride, weights, panel_size, pairs, to)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def _reduce(count, x, x_stride, packed, pairs, ranks, first, R, scaling, low, out):
     """low[j, first:first + ranks] = scaling * x[j] times the panels of so many ranks."""
     for k in range(0, ranks, STRIP):
@@ -176,7 +177,7 @@ def _interleave(low, count, n, R, pairs):
             pairs[((n + j) // 2 * R + k) * 2 + (n + j) % 2] = low[j * R + k]
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def _expand(count, low, first, R, packed, ranks, width, to, to_stride, mask, mask_stride, out):
     """to[j] += low[j, first:first + ranks] times the panels of `width` columns; only where there is a mask's bit."""
     pairs = ranks // 2
@@ -187,7 +188,7 @@ def _expand(count, low, first, R, packed, ranks, width, to, to_stride, mask, mas
             if mask:
                 kept = row(mask + j * mask_stride + o, 0, STRIP, INT8)
                 for i in range(STRIP):
-                    put(y, i, get(y, i) - np.float32(kept[i]) * out[j * STRIP + i])
+                    put(y, i, get(y, i) + (out[j * STRIP + i] if kept[i] else np.float32(0)))
             else:
                 for i in range(STRIP):
                     put(y, i, get(y, i) + out[j * STRIP + i])
@@ -216,8 +217,8 @@ def correct(asked, at, like):
             _interleave(low, count, n, R, row(pairs, 0, N * R, BF16))
         for s in range(stretch[9]):
             fact = row(stretch[5], s, FACTS, INT64)
-            B, y = stretch[4] + 2 * fact[_PANELS], to + 2 * (n * width + fact[_BEGIN])
-            _expand(count, low, fact[_FIRST], R, B, fact[_RANKS], fact[_OUTPUTS], y, width, 0, 0, out)
+            B, y = stretch[4] + 2 * fact[PANELS], to + 2 * (n * width + fact[BEGIN])
+            _expand(count, low, fact[FIRST], R, B, fact[RANKS], fact[OUTPUTS], y, width, 0, 0, out)
 
 
 @Kernel
@@ -240,8 +241,8 @@ def correct_backward(asked, at, like):
         count = min(ROWS, N - n)
         for s in range(siblings):
             fact = row(argument(asked, 4), s, FACTS, INT64)
-            grad_y, B = argument(asked, 0) + 2 * (n * width + fact[_BEGIN]), argument(asked, 2) + 2 * fact[_PANELS]
-            _reduce(count, grad_y, width, B, fact[_OUTPUTS] // 2, fact[_RANKS], fact[_FIRST], R, scaling, low, out)
+            grad_y, B = argument(asked, 0) + 2 * (n * width + fact[BEGIN]), argument(asked, 2) + 2 * fact[PANELS]
+            _reduce(count, grad_y, width, B, fact[OUTPUTS] // 2, fact[RANKS], fact[FIRST], R, scaling, low, out)
         _interleave(low, count, n, R, row(argument(asked, 5), 0, N * R, BF16))
         if argument(asked, 1):
             grad_x, mask = argument(asked, 1) + 2 * n * K, argument(asked, 6)
@@ -269,20 +270,20 @@ def gradients(asked, at, like):
     column = at * STRIP if at < of_A else (at - of_A) * STRIP
     for s in range(siblings):
         fact = row(argument(asked, 4), s, FACTS, INT64)
-        begin, first, real = fact[_BEGIN], fact[_FIRST], fact[_REAL]
+        begin, first, real = fact[BEGIN], fact[FIRST], fact[REAL]
         for k in range(0, real, ROWS):
             if at < of_A:
                 low, x = argument(asked, 3) + 4 * (first + k), argument(asked, 0) + 2 * column
                 _outer(pointer(x, BF16), K, pointer(low, BF16), 2 * R, N // 2, to)
                 for j in range(min(ROWS, real - k)):
-                    grad = row(fact[_GRAD_A], k + j, K, FP32)
+                    grad = row(fact[GRAD_A], k + j, K, FP32)
                     for i in range(STRIP):
                         grad[column + i] = out[j * STRIP + i]
-            elif begin <= column < begin + fact[_OUTPUTS]:
+            elif begin <= column < begin + fact[OUTPUTS]:
                 low, y = argument(asked, 2) + 4 * (first + k), argument(asked, 1) + 2 * column
                 _outer(pointer(y, BF16), width, pointer(low, BF16), 2 * R, N // 2, to)
                 for i in range(STRIP):
-                    grad = row(fact[_GRAD_B], column - begin + i, real, FP32)
+                    grad = row(fact[GRAD_B], column - begin + i, real, FP32)
                     for j in range(min(ROWS, real - k)):
                         grad[k + j] = out[j * STRIP + i]
 

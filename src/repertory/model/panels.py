@@ -9,7 +9,18 @@ from torch import Tensor
 
 from repertory.model.kernel import HAS_BF16_PRODUCTS, as_bits, is_for
 from repertory.model.layers import Siblings
-from repertory.model.lora_kernel import BLOCK_TOKENS, PANEL, STRIP, correct, correct_backward, gradients, pack
+from repertory.model.lora_kernel import (
+    BLOCK_TOKENS,
+    GRAD_A,
+    OUTPUTS,
+    PANEL,
+    REAL,
+    STRIP,
+    correct,
+    correct_backward,
+    gradients,
+    pack,
+)
 
 Packing = tuple[int, int, int, int, int, int, int, int]  # what `pack` wants to know of a weight
 
@@ -86,11 +97,11 @@ class Panels:
 
     def gradients(self, x: Tensor, grad_y: Tensor, low: Tensor, grad_low: Tensor) -> list[Tensor]:
         """Of the weights, in their order."""
-        ranks, widths = self._facts[:, 4].tolist(), self._facts[:, 1].tolist()
+        ranks, widths = self._facts[:, REAL].tolist(), self._facts[:, OUTPUTS].tolist()
         grads_A = [torch.empty(r, self.inputs) for r in ranks]
         grads_B = [torch.empty(width, r) for width, r in zip(widths, ranks, strict=True)]
         facts = self._facts.clone()
-        facts[:, 6:] = torch.tensor([[A.data_ptr(), B.data_ptr()] for A, B in zip(grads_A, grads_B, strict=True)])
+        facts[:, GRAD_A:] = torch.tensor([[A.data_ptr(), B.data_ptr()] for A, B in zip(grads_A, grads_B, strict=True)])
         blocks = (self.inputs + self.outputs) // STRIP
         sizes = len(x), self.inputs, self.outputs, self.ranks, len(facts)
         gradients.run(blocks, x, grad_y, low, grad_low, facts, *sizes)

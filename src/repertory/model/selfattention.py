@@ -23,7 +23,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from repertory.model.attention import PackedRows, Scoring, causal_attention, current_layout
-from repertory.model.kernel import INT64, Kernel, argument, compiled, get, is_for, put, row
+from repertory.model.kernel import FAST, INT64, Kernel, argument, compiled, get, is_for, put, row
 
 BLOCK_TOKENS = 8
 
@@ -158,7 +158,7 @@ def _sizes(asked, first):
     return (*sizes, argument(asked, first + 3), argument(asked, first + 4))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def _turn(from_, begin, cos, sin, to):
     """Rotary position embedding: https://arxiv.org/abs/2104.09864."""
     half = len(to) // 2
@@ -168,7 +168,7 @@ def _turn(from_, begin, cos, sin, to):
         put(to, half + i, other * get(cos, half + i) + one * get(sin, half + i))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def _turn_back(from_, cos, sin, to, begin):
     half = len(from_) // 2
     for i in range(half):
@@ -212,7 +212,7 @@ def _apart(asked, at, like):
                 _copy(qkv, (H + G + g) * D, row(value, (r * G + g) * (P + T) + P + t, D, like))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=FAST)
 def _total(of_prefix, of_rows, P, T, g, G, n, R, D, like, to):
     """to = what the prefix's own attention gives back for its token n, and every row's."""
     if of_prefix:
