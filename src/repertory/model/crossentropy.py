@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repertory.model.base import Base, padded_length
-from repertory.model.kernel import FP32, INT64, Kernel, argument, exp, get, is_for, put, row
+from repertory.model.kernel import FAST, FP32, INT64, LANES, Kernel, argument, compiled, exp, get, is_for, put, row
 
 # Positions whose logits exist at one time: 128 x 49,152 in fp32 are 24 MiB, and torch's loss needs some copies of them.
 # The compiled one needs none, and takes twice as many.
@@ -69,14 +69,29 @@ def _compiled_loss(hidden: Tensor, targets: Tensor, weight: Tensor, has_gradient
     return nll, (logits @ weight)[:count] if has_gradient else None
 
 
+@compiled(fastmath=FAST)
+def _largest(logits):
+    """Lane by lane: as one number, of which some may be none, it would be looked for one after another."""
+    lanes = np.full(LANES, -np.inf, np.float32)
+    whole = len(logits) // LANES * LANES
+    for first in range(0, whole, LANES):
+        for i in range(LANES):
+            logit = get(logits, first + i)
+            lanes[i] = logit if logit > lanes[i] else lanes[i]
+    largest = lanes[0]
+    for i in range(1, LANES):
+        largest = max(largest, lanes[i])
+    for i in range(whole, len(logits)):
+        largest = max(largest, get(logits, i))
+    return largest
+
+
 @Kernel
 def _cross_entropy(asked, n, like):
     """Of one position; its logits become exp(logit) / sum(exp(logits)), less 1 for the target."""
     width = argument(asked, 3)
     logits, target = row(argument(asked, 0), n, width, like), row(argument(asked, 1), n, 1, INT64)[0]
-    most, total = get(logits, 0), np.float32(0)
-    for i in range(width):
-        most = max(most, get(logits, i))
+    most, total = _largest(logits), np.float32(0)
     for i in range(width):
         total += exp(get(logits, i) - most)
     wanted = get(logits, target) - most
