@@ -37,12 +37,13 @@ SIZES: dict[str, Any] = {
 
 # What each family adds to the sizes. Windows are shorter than the rows of the tests, so that they bind.
 SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+WIDE_HEADS = {"head_dim": 32}  # as compiled loops take them
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_key_value_heads": 4}),
     "llama-gqa": ("llama", {"num_key_value_heads": 2}),
-    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16} | WIDE_HEADS),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2} | WIDE_HEADS),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
     # Caps this small bend the scores and logits of such a model far from where they would be without.
     "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}),

@@ -3,16 +3,14 @@
 Ranks are a dozen or two: products so narrow run at a tenth of the rate of the base's in a general library, and their
 results go through memory several times. Here a block of tokens is read, corrected and written in one go.
 
-The weights are packed once for each direction (`Panels`): two rows of a weight side by side, 16 columns at a time, as
-the processor multiplies them. Ranks are filled up with zeros to multiples of 16.
+The weights are packed once for each direction (`Panels`) as `products` reads them, two rows of a weight side by side;
+all widths are multiples of a strip of columns. Ranks are filled up with zeros to multiples of 16.
 
 Shapes: N tokens, K what is summed over, R ranks of all siblings together.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -23,6 +21,7 @@ from repertory.model.kernel import (
     FAST,
     FP32,
     INT8,
+    INT32,
     INT64,
     LANES,
     LLVM_INT32,
@@ -38,76 +37,15 @@ from repertory.model.kernel import (
     put,
     row,
 )
-from repertory.model.vectors import FLOATS, Vectors, number
+from repertory.model.products import PANEL, ROWS, STRIP, Products, multiply
+from repertory.model.vectors import number
 
-PANEL = 16  # columns
-ROWS = 8  # tokens at a time: with two panels the registers hold their sums
 BLOCK_TOKENS = 32
-STRIP = 2 * PANEL  # columns at a time; all widths are multiples
 # Of each sibling: where its outputs begin, how many; where its ranks begin, how many, how many of these are not filled
 # up; where its panels begin; the addresses of the gradients of its A and its B.
 FACTS = 8
 STRETCH = 11  # numbers about one
 BEGIN, OUTPUTS, FIRST, RANKS, REAL, PANELS, GRAD_A, GRAD_B = range(FACTS)
-
-
-class _Products(Vectors):
-    def half_rows(self, base, at, lanes):
-        b = self.builder
-        kind = ir.VectorType(ir.IntType(16), lanes)
-        return b.load(b.bitcast(b.gep(base, [at]), ir.PointerType(kind)), align=2)
-
-    def pair(self, base, at):
-        """Two numbers in every lane."""
-        b, lanes = self.builder, ir.VectorType(LLVM_INT32, LANES)
-        two = b.load(b.bitcast(b.gep(base, [at]), ir.PointerType(LLVM_INT32)), align=2)
-        one = b.insert_element(ir.Constant(lanes, ir.Undefined), two, LLVM_INT32(0))
-        return b.shuffle_vector(one, one, ir.Constant(lanes, [0] * LANES))
-
-    def store(self, sums, out, columns):
-        b = self.builder
-        for at, total in enumerate(sums):
-            place = b.gep(out, [number(at // columns * STRIP + at % columns * LANES)])
-            b.store(total, b.bitcast(place, ir.PointerType(FLOATS)), align=4)
-
-    @property
-    def zero(self):
-        return ir.Constant(FLOATS, [0.0] * LANES)
-
-
-def _panels(rows: int, columns: int) -> Any:
-    @intrinsic
-    def panels(typing, x, stride, packed, panel_size, pairs, out):
-        """out[j, :16 * columns] = x[j] times so many panels, for j < rows. out: rows of STRIP."""
-        n = types.int64
-
-        def generate(context, builder, signature, args):
-            x, stride, packed, panel_size, pairs, out = args
-            b, write = builder, _Products(builder)
-
-            def products(sums, at):
-                weights = [
-                    write.half_rows(
-                        packed, b.add(b.mul(panel_size, number(c)), b.mul(at, number(2 * LANES))), 2 * LANES
-                    )
-                    for c in range(columns)
-                ]
-                found = []
-                for j in range(rows):
-                    two = write.pair(x, b.add(b.mul(stride, number(j)), b.mul(at, number(2))))
-                    for c in range(columns):
-                        found.append(write.bf16_products(two, weights[c], sums[j * columns + c]))
-                return found
-
-            write.store(write.loop(pairs, 1, [write.zero] * rows * columns, products)[0], out, columns)
-            return context.get_dummy_value()
-
-        return types.void(x, n, packed, n, n, out), generate
-
-    return panels
-
-
-_panels_8_2, _panels_8_1, _panels_1_2, _panels_1_1 = _panels(ROWS, 2), _panels(ROWS, 1), _panels(1, 2), _panels(1, 1)
 
 
 @intrinsic
@@ -117,24 +55,29 @@ def _outer(typing, x, stride, low, low_stride, pairs, out):
 
     def generate(context, builder, signature, args):
         x, stride, low, low_stride, pairs, out = args
-        b, write = builder, _Products(builder)
+        b, write = builder, Products(builder)
+        half = ir.VectorType(ir.IntType(16), LANES)
         mixed = ir.Constant(ir.VectorType(LLVM_INT32, 2 * LANES), [at // 2 + at % 2 * LANES for at in range(2 * LANES)])
+
+        def half_row(at):
+            return b.load(b.bitcast(b.gep(x, [at]), ir.PointerType(half)), align=2)
 
         def products(sums, at):
             first = b.mul(stride, b.mul(at, number(2)))
             strips = []
             for c in range(2):
                 place = b.add(first, number(c * LANES))
-                both = [write.half_rows(x, place, LANES), write.half_rows(x, b.add(place, stride), LANES)]
-                strips.append(b.shuffle_vector(*both, mixed))
+                strips.append(b.shuffle_vector(half_row(place), half_row(b.add(place, stride)), mixed))
             found = []
             for k in range(ROWS):
-                two = write.pair(low, b.add(b.mul(low_stride, at), number(2 * k)))
+                two = write.in_every_lane(low, b.add(b.mul(low_stride, at), number(k)))
                 for c in range(2):
                     found.append(write.bf16_products(two, strips[c], sums[2 * k + c]))
             return found
 
-        write.store(write.loop(pairs, 1, [write.zero] * 2 * ROWS, products)[0], out, 2)
+        sums = write.loop(pairs, 1, [write.zero] * 2 * ROWS, products)[0]
+        for place, total in zip(write.places(out, number(STRIP), ROWS, 2), sums, strict=True):
+            b.store(total, place, align=4)
         return context.get_dummy_value()
 
     return types.void(x, n, low, n, n, out), generate
@@ -142,20 +85,8 @@ def _outer(typing, x, stride, low, low_stride, pairs, out):
 
 @compiled()
 def _multiply(count, x, x_stride, packed, panel_size, pairs, columns, out):
-    """`count` rows, 8 or fewer, times one or two panels."""
-    from_, weights, to = pointer(x, BF16), pointer(packed, BF16), pointer(address(out, 0), FP32)
-    if count == ROWS:
-        if columns == 2:
-            _panels_8_2(from_, x_stride, weights, panel_size, pairs, to)
-        else:
-            _panels_8_1(from_, x_stride, weights, panel_size, pairs, to)
-    else:
-        for j in range(count):
-            from_, to = pointer(x + 2 * j * x_stride, BF16), pointer(address(out, j * STRIP), FP32)
-            if columns == 2:
-                _panels_1_2(from_, x_stride, weights, panel_size, pairs, to)
-            else:
-                _panels_1_1(from_, x_stride, weights, panel_size, pairs, to)
+    """`count` rows, ROWS or fewer, times one or two panels; strides in numbers."""
+    multiply(count, x, x_stride // 2, packed, panel_size // 2, pairs, columns, address(out, 0), STRIP, BF16)
 
 
 @compiled(fastmath=FAST)
@@ -274,14 +205,14 @@ def gradients(asked, at, like):
         for k in range(0, real, ROWS):
             if at < of_A:
                 low, x = argument(asked, 3) + 4 * (first + k), argument(asked, 0) + 2 * column
-                _outer(pointer(x, BF16), K, pointer(low, BF16), 2 * R, N // 2, to)
+                _outer(pointer(x, BF16), K, pointer(low, INT32), R, N // 2, to)
                 for j in range(min(ROWS, real - k)):
                     grad = row(fact[GRAD_A], k + j, K, FP32)
                     for i in range(STRIP):
                         grad[column + i] = out[j * STRIP + i]
             elif begin <= column < begin + fact[OUTPUTS]:
                 low, y = argument(asked, 2) + 4 * (first + k), argument(asked, 1) + 2 * column
-                _outer(pointer(y, BF16), width, pointer(low, BF16), 2 * R, N // 2, to)
+                _outer(pointer(y, BF16), width, pointer(low, INT32), R, N // 2, to)
                 for i in range(STRIP):
                     grad = row(fact[GRAD_B], column - begin + i, real, FP32)
                     for j in range(min(ROWS, real - k)):

@@ -13,14 +13,13 @@ from repertory.model.lora_kernel import (
     BLOCK_TOKENS,
     GRAD_A,
     OUTPUTS,
-    PANEL,
     REAL,
-    STRIP,
     correct,
     correct_backward,
     gradients,
     pack,
 )
+from repertory.model.products import PANEL, STRIP
 
 Packing = tuple[int, int, int, int, int, int, int, int]  # what `pack` wants to know of a weight
 
