@@ -179,7 +179,7 @@ PASSES = 7
 PARTS = {
     "norms": [(rmsnorm, "is_for")],
     "gates": [(gatedmlp, "is_for")],
-    "what is around attention": [(selfattention, "is_for")],
+    "attention": [(selfattention, "_is_for")],
     "cross entropy": [(crossentropy, "is_for")],
     "LoRA": [(Panels, "fit")],
 }

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.functional import cross_entropy, linear, silu
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from repertory.contracts import BaseKey
 from repertory.data.render import NO_LABEL, Row
-from repertory.model import attention, crossentropy, gatedmlp, kernel, lora, panels, rmsnorm
+from repertory.model import attention, crossentropy, gatedmlp, kernel, lora, packedattention, panels, rmsnorm
 from repertory.model import base as base_module
 from repertory.model.adapter import Adapter, LoraConfig
+from repertory.model.attention import PackedRows, Scoring
 from repertory.model.base import Base
 from repertory.model.engine import Engine
 from repertory.model.layers import LoraLinear, Router, Siblings
@@ -112,6 +115,61 @@ def test_a_loss_of_hopeless_and_of_certain_positions_is_finite() -> None:
     base: Any = _Head(weight)
     nll = crossentropy.ChunkedNLL.apply(hidden, torch.tensor([3, 3]), base)
     assert nll.tolist() == [pytest.approx(0, abs=1e-6), pytest.approx(1e4)]
+
+
+PACKS = [
+    (24, (45, 40, 33, 64), 9, 3, 64, None),
+    (0, (45, 40, 1), 4, 2, 32, None),
+    (0, (70,), 4, 4, 32, None),
+    (1, (7,), 2, 1, 96, None),
+    (30, (5, 20, 50), 4, 2, 64, 16),  # rows that see some of the prefix, or none of it
+    (200, (3, 1100), 2, 1, 64, None),  # more blocks than a chunk
+    (200, (3, 1100), 2, 1, 64, 700),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("prefix", "lengths", "heads", "groups", "size", "window"), PACKS)
+def test_attention_over_packed_rows(
+    prefix: int,
+    lengths: tuple[int, ...],
+    heads: int,
+    groups: int,
+    size: int,
+    window: int | None,
+    dtype: torch.dtype,
+    two_threads: None,
+) -> None:
+    if not packedattention.fits(torch.zeros(1, dtype=dtype), size):
+        pytest.skip("this processor does not multiply bf16")
+    torch.manual_seed(0)
+    layout = PackedRows(prefix, lengths, torch.device("cpu"))
+    tokens = layout.token_count + 3  # that follow the rows
+    frequencies = 10000 ** -(torch.arange(0, size, 2) / size)
+    angles = (F.pad(layout.positions, (0, 3))[:, None] * frequencies).repeat(1, 2)[None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    qkv, grad = torch.randn(1, tokens, (heads + 2 * groups) * size).to(dtype), torch.randn(1, tokens, heads * size)
+    grad[:, layout.token_count :] = 0
+    segments = packedattention.Segments.of(prefix, lengths)
+    how = segments, heads, groups, size**-0.5, window
+
+    def compiled(x: Tensor) -> Tensor:
+        return packedattention.PackedAttention.apply(x, cos, sin, *how)  # type: ignore[no-any-return]
+
+    def exact(x: Tensor) -> Tensor:
+        parts = x.split([heads * size, groups * size, groups * size], dim=-1)
+        query, key, value = (part.view(1, tokens, -1, size).transpose(1, 2) for part in parts)
+        query, key = apply_rotary_pos_emb(query, key, cos.double(), sin.double())
+        seen = layout.attend(0, query, key, value, Scoring(scale=size**-0.5, window=window))
+        return F.pad(seen.transpose(1, 2).flatten(2)[:, : layout.token_count], (0, 0, 0, 3))
+
+    found = with_gradient(compiled, qkv, grad.to(dtype))
+    expected = with_gradient(exact, qkv.double(), grad.to(dtype).double())
+    for result, wanted in zip(found, expected, strict=True):
+        assert not result[:, layout.token_count :].any()
+        assert off(result, wanted) < 2 * TOLERANCE[dtype]
+    torch.set_num_threads(1)
+    assert all(torch.equal(*pair) for pair in zip(found, with_gradient(compiled, qkv, grad.to(dtype)), strict=True))
 
 
 # LoRA
@@ -332,6 +390,14 @@ def test_what_is_no_number_stays_none_and_where_it_is(bad: float, dtype: torch.d
     gate_up[0, 3, 7] = gate_up[0, 4, 70] = bad
     finite = gatedmlp._GatedBySilu.apply(gate_up).isfinite()
     assert (~finite).nonzero().tolist() == [[0, 3, 7], [0, 4, 6]]
+    qkv, turned = torch.randn(1, 20, 96).to(dtype), torch.ones(2, 1, 20, 32).to(dtype)
+    qkv[0, 9, 70] = bad  # of a value that the rest of its row sees
+    if packedattention.fits(qkv, 32):
+        segments = packedattention.Segments.of(4, (8, 8))
+        finite = packedattention.PackedAttention.apply(qkv, *turned, segments, 1, 1, 1.0, None).isfinite().all(-1)[0]
+        assert not finite[9:12].any()
+        assert finite[:4].all()
+        assert finite[12:].all()
     hidden, weight = torch.randn(2, 32).to(dtype), torch.randn(1000, 32).to(dtype)
     hidden[1, 0] = bad
     base: Any = _Head(weight)

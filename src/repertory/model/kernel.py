@@ -35,14 +35,15 @@ LLVM_FLOAT, LLVM_INT32, LLVM_INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(
 BF16, FP32 = np.empty(0, np.uint16), np.empty(0, np.float32)  # what elements are like
 # What arithmetic may be done for speed: other orders, but what is no number stays none, for a run to be stopped by it.
 FAST = {"reassoc", "nsz", "arcp", "contract", "afn"}
+SHARED = ("kernel.py", "vectors.py", "products.py", "rotation.py")
 INT8, INT32, INT64 = (np.empty(0, kind) for kind in (np.int8, np.int32, np.int64))
 
 
 def _version(function: Any) -> str:
-    """numba takes machine code from its cache while the file of a function is unchanged. What is in this file,
-    in that of the vectors and of the products becomes part of functions elsewhere, so it is part of their names.
+    """numba takes machine code from its cache while the file of a function is unchanged. What is in the shared files
+    becomes part of functions elsewhere, so it is part of their names.
     """
-    shared = [Path(__file__).with_name(name) for name in ("kernel.py", "vectors.py", "products.py")]
+    shared = [Path(__file__).with_name(name) for name in SHARED]
     files = [*shared, Path(inspect.getfile(function))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 

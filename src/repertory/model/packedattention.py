@@ -4,7 +4,7 @@ A row's tokens see the prefix and the row up to themselves. Nothing is padded bu
 its rows, and no weight leaves the core that computes it: the backward pass computes the weights again, once by queries
 and once by keys, so that each gradient is summed by one thread in one order (https://arxiv.org/abs/2307.08691).
 
-Each segment, the prefix and every row, is cut into blocks of STRIP tokens. Their keys lie in panels (`products`) for
+Each segment, the prefix and every row, is cut into blocks of PANEL tokens. Their keys lie in panels (`products`) for
 the scores, whose words run along a head, and their values in panels for the sums, whose words run along the tokens. In
 the backward pass queries and gradients lie in panels as well.
 
@@ -43,9 +43,10 @@ from repertory.model.kernel import (
     put,
     row,
 )
-from repertory.model.products import PANEL, ROWS, STRIP, add_tile, multiply_tile
+from repertory.model.products import PANEL, ROWS, STRIP, add_tile, multiply_panel, multiply_tile
+from repertory.model.rotation import copy, turn, turn_back
 
-CHUNK = 32  # blocks at a time in the backward pass, so that what is computed of them stays in the cache
+CHUNK = 64  # blocks at a time in the backward pass, so that what is computed of them stays in the cache
 APART = PANEL  # numbers between two rows of scores: rows of 4 KiB each would have the same places in the cache
 NOWHERE = 2**30  # the position of padding
 
@@ -57,7 +58,7 @@ TOKEN, COUNT, FIRST, END = range(FACTS)
 @dataclass(frozen=True)
 class Segments:
     facts: Tensor  # (B, FACTS)
-    positions: Tensor  # (B * STRIP,) of each token in its own sequence, int32
+    positions: Tensor  # (B * PANEL,) of each token in its own sequence, int32
     prefix_blocks: int
 
     @staticmethod
@@ -66,13 +67,13 @@ class Segments:
         facts: list[tuple[int, int, int, int]] = []
         positions, token = [], 0
         for length, begin in ((prefix, 0), *((length, prefix) for length in lengths)):
-            first, blocks = len(facts), -(-length // STRIP)
-            for at in range(0, length, STRIP):
-                facts.append((token + at, min(STRIP, length - at), first, first + blocks))
-            positions.append(torch.full((blocks * STRIP,), NOWHERE, dtype=torch.int32))
+            first, blocks = len(facts), -(-length // PANEL)
+            for at in range(0, length, PANEL):
+                facts.append((token + at, min(PANEL, length - at), first, first + blocks))
+            positions.append(torch.full((blocks * PANEL,), NOWHERE, dtype=torch.int32))
             positions[-1][:length] = torch.arange(begin, begin + length)
             token += length
-        return Segments(torch.tensor(facts), torch.cat(positions), -(-prefix // STRIP))
+        return Segments(torch.tensor(facts), torch.cat(positions), -(-prefix // PANEL))
 
     @property
     def blocks(self) -> int:
@@ -101,9 +102,9 @@ class PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         tokens, size, blocks = qkv.shape[1], cos.shape[-1], segments.blocks
-        packed = [qkv.new_empty(2 * groups * blocks * STRIP * size) for _ in range(2)]
+        packed = [qkv.new_empty(2 * groups * blocks * PANEL * size) for _ in range(2)]
         seen = qkv.new_empty(1, tokens, heads * size)
-        logsums = torch.zeros(heads * blocks * STRIP)
+        logsums = torch.zeros(heads * blocks * PANEL)
         numbers = (blocks, segments.prefix_blocks, heads, groups, size, scale, window or NOWHERE)
         where = segments.facts, segments.positions
         _pack.run(blocks * 2 * groups, qkv, cos, sin, 0, 0, 0, *packed, *where, *numbers)
@@ -120,7 +121,7 @@ class PackedAttention(torch.autograd.Function):
         blocks, _, heads, groups, size, *_ = ctx.numbers
         grad = grads[0].contiguous()
         every = 2 * heads + 2 * groups  # heads of queries, keys, values and the gradient
-        packed = [qkv.new_empty(every * blocks * STRIP * size) for _ in range(2)]
+        packed = [qkv.new_empty(every * blocks * PANEL * size) for _ in range(2)]
         shifts, grad_qkv = torch.zeros_like(logsums), torch.empty_like(qkv)
         where = ctx.segments.facts, ctx.segments.positions
         _pack.run(blocks * every, qkv, cos, sin, grad, seen, shifts, *packed, *where, *ctx.numbers)
@@ -136,52 +137,6 @@ def _numbers(asked, first):
     """B, blocks of the prefix, H, G, D; a scale and a window follow."""
     some = argument(asked, first), argument(asked, first + 1), argument(asked, first + 2)
     return (*some, argument(asked, first + 3), argument(asked, first + 4))
-
-
-# Rows of numbers, by their addresses: what is read and written apart is apart for the compiler, too.
-
-
-@compiled(fastmath=FAST)
-def turn(x, cos, sin, D, to, like):
-    """One head of one token to its position (https://arxiv.org/abs/2104.09864)."""
-    half = D // 2
-    one, other = row(x, 0, half, like), row(x, 1, half, like)
-    cos_one, cos_other, sin_one, sin_other = (
-        row(cos, 0, half, like),
-        row(cos, 1, half, like),
-        row(sin, 0, half, like),
-        row(sin, 1, half, like),
-    )
-    to_one, to_other = row(to, 0, half, like), row(to, 1, half, like)
-    for i in range(half):
-        put(to_one, i, get(one, i) * get(cos_one, i) - get(other, i) * get(sin_one, i))
-    for i in range(half):
-        put(to_other, i, get(other, i) * get(cos_other, i) + get(one, i) * get(sin_other, i))
-
-
-@compiled(fastmath=FAST)
-def _turn_back(grad, cos, sin, D, to, like):
-    """The gradient, in fp32, of what was turned."""
-    half = D // 2
-    one, other = row(grad, 0, half, FP32), row(grad, 1, half, FP32)
-    cos_one, cos_other, sin_one, sin_other = (
-        row(cos, 0, half, like),
-        row(cos, 1, half, like),
-        row(sin, 0, half, like),
-        row(sin, 1, half, like),
-    )
-    to_one, to_other = row(to, 0, half, like), row(to, 1, half, like)
-    for i in range(half):
-        put(to_one, i, one[i] * get(cos_one, i) + other[i] * get(sin_other, i))
-    for i in range(half):
-        put(to_other, i, other[i] * get(cos_other, i) - one[i] * get(sin_one, i))
-
-
-@compiled()
-def copy(x, D, to, like):
-    from_, copied = row(x, 0, D, like), row(to, 0, D, like)
-    for i in range(D):
-        copied[i] = from_[i]
 
 
 @compiled(fastmath=FAST)
@@ -204,19 +159,18 @@ def _joined(one, other):
 
 @compiled()
 def _pack_depths(block, words, to):
-    """Panels whose words run along a head. block: STRIP tokens of so many words."""
-    for c in range(2):
-        for w in range(words):
-            panel = row(to, c * words + w, PANEL, INT32)
-            for lane in range(PANEL):
-                panel[lane] = row(block, c * PANEL + lane, words, INT32)[w]
+    """A panel whose words run along a head. block: PANEL tokens of so many words."""
+    for w in range(words):
+        panel = row(to, w, PANEL, INT32)
+        for lane in range(PANEL):
+            panel[lane] = row(block, lane, words, INT32)[w]
 
 
 @compiled()
 def _pack_tokens(block, D, to, panel_size, like):
     """Panels whose words run along the tokens; `panel_size` words from one to the next."""
     per_word = 4 // like.itemsize
-    for t in range(0, STRIP, per_word):
+    for t in range(0, PANEL, per_word):
         one, other = row(block, t, D, like), row(block, t + per_word - 1, D, like)
         for c in range(D // PANEL):
             panel = row(to + 4 * (c * panel_size + t // per_word * PANEL), 0, PANEL, INT32)
@@ -227,13 +181,13 @@ def _pack_tokens(block, D, to, panel_size, like):
 
 @compiled(inline="always")
 def _depths_at(packed, head, block, B, words):
-    return packed + 4 * (head * B + block) * 2 * PANEL * words
+    return packed + 4 * (head * B + block) * PANEL * words
 
 
 @compiled(inline="always")
 def _tokens_at(packed, head, column, block, B, D, per_word):
     """Of the panel of `column`, at a block."""
-    return packed + 4 * ((head * D + column) // PANEL * B + block) * (STRIP // per_word) * PANEL
+    return packed + 4 * ((head * D + column) // PANEL * B + block) * (PANEL // per_word) * PANEL
 
 
 @Kernel
@@ -251,7 +205,7 @@ def _pack(asked, at, like):
     from_, width, begin = argument(asked, 0), (H + 2 * G) * D, kind * D
     if kind >= H + 2 * G:
         from_, width, begin = grad, H * D, (kind - H - 2 * G) * D
-    heads = np.zeros(STRIP * D, like.dtype)
+    heads = np.zeros(PANEL * D, like.dtype)
     for j in range(fact[COUNT]):
         n = fact[TOKEN] + j
         x, to = from_ + (n * width + begin) * like.itemsize, address(heads, j * D)
@@ -260,14 +214,14 @@ def _pack(asked, at, like):
             turn(x, cos, sin, D, to, like)
         else:
             copy(x, D, to, like)
-    is_value = kind >= H + G and kind < H + 2 * G
+    is_value = H + G <= kind < H + 2 * G
     if grad or not is_value:
         _pack_depths(address(heads, 0), D // per_word, _depths_at(depths, head, block, B, D // per_word))
     if is_value != (grad != 0):
-        panel_size = B * (STRIP // per_word) * PANEL
+        panel_size = B * (PANEL // per_word) * PANEL
         _pack_tokens(address(heads, 0), D, _tokens_at(tokens, head, 0, block, B, D, per_word), panel_size, like)
     if kind >= H + 2 * G:
-        shifts = row(argument(asked, 5), (kind - H - 2 * G) * B + block, STRIP, FP32)
+        shifts = row(argument(asked, 5), (kind - H - 2 * G) * B + block, PANEL, FP32)
         for j in range(fact[COUNT]):
             of_seen = row(seen + ((fact[TOKEN] + j) * width + begin) * like.itemsize, 0, D, like)
             shifts[j] = _dot(row(address(heads, j * D), 0, D, like), of_seen)
@@ -281,18 +235,35 @@ def _dot(one, other):
     return total
 
 
-@compiled(inline="always")
-def _is_seen(positions, first, last):
-    """Whether all of a strip is."""
-    places = row(positions, 0, STRIP, INT32)
-    return first <= places[0] and places[STRIP - 1] <= last
+@compiled()
+def _by_depths(x, words, packed, blocks, to, stride, like):
+    """ROWS rows times the panels of so many blocks."""
+    for i in range(0, blocks - 1, 2):
+        panels = packed + 4 * i * PANEL * words
+        multiply_tile(x, words, panels, PANEL * words, words, to + 4 * i * PANEL, stride, like)
+    if blocks % 2:
+        last = blocks - 1
+        multiply_panel(x, words, packed + 4 * last * PANEL * words, words, to + 4 * last * PANEL, stride, like)
+
+
+@compiled()
+def _add_by_tokens(x, stride, packed, panel_size, blocks, to, D, like):
+    """On top of what is there: ROWS rows over the tokens of so many blocks times their numbers."""
+    count = blocks * (PANEL // (4 // like.itemsize))
+    for column in range(0, D, STRIP):
+        panels = packed + 4 * column // PANEL * panel_size
+        add_tile(x, stride, panels, panel_size, count, to + 4 * column, D, like)
 
 
 @compiled(fastmath=FAST)
-def _hide(scores, positions, first, last):
-    """A strip's scores where it is not from `first` to `last` become -inf."""
-    some, places = row(scores, 0, STRIP, FP32), row(positions, 0, STRIP, INT32)
-    for i in range(STRIP):
+def _hide(scores, positions, first, last, blocks):
+    """Those of keys that are not from `first` to `last` become -inf."""
+    begin = (blocks - 1) * PANEL  # where padding is, or what comes later
+    if row(positions, 0, 1, INT32)[0] < first:
+        begin = 0
+    count = blocks * PANEL - begin
+    some, places = row(scores + 4 * begin, 0, count, FP32), row(positions + 4 * begin, 0, count, INT32)
+    for i in range(count):
         some[i] = some[i] if places[i] >= first and places[i] <= last else np.float32(-np.inf)
 
 
@@ -331,51 +302,52 @@ def _attend(asked, at, like):
     words = D // per_word
     block, g = B - 1 - at // G, at % G  # the last blocks of a row have the most to see
     fact = row(argument(asked, 7), block, FACTS, INT64)
-    before = prefix_blocks if block >= prefix_blocks else 0
-    columns = (before + block + 1 - fact[FIRST]) * STRIP
-    scores, weights = np.empty(ROWS * columns, np.float32), np.empty(ROWS * columns, like.dtype)
+    first_block, before = fact[FIRST], prefix_blocks if block >= prefix_blocks else 0
+    own = block + 1 - first_block
+    columns = (before + own) * PANEL
+    stride = columns + APART
+    scores, weights = np.empty(ROWS * stride, np.float32), np.empty(ROWS * stride, like.dtype)
     query, sums = np.zeros(ROWS * D, like.dtype), np.empty(ROWS * D, np.float32)
     totals = np.empty(ROWS, np.float32)
-    panel_size = B * (STRIP // per_word) * PANEL
+    panel_size = B * (PANEL // per_word) * PANEL
+    keys_before, keys_own = _depths_at(depths, g, 0, B, words), _depths_at(depths, g, first_block, B, words)
+    values_before = _tokens_at(tokens, G + g, 0, 0, B, D, per_word)
+    values_own = _tokens_at(tokens, G + g, 0, first_block, B, D, per_word)
     for h in range(g * (H // G), (g + 1) * (H // G)):
+        logsum = row(logsums, h * B + block, PANEL, FP32)
         for j in range(0, fact[COUNT], ROWS):
             rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
             for r in range(rows):
                 x, place = qkv + ((n + r) * (H + 2 * G) + h) * D * size, (n + r) * D * size
                 turn(x, cos + place, sin + place, D, address(query, r * D), like)
-            for i in range(columns // STRIP):
-                other = i if i < before else fact[FIRST] + i - before
-                keys, to = _depths_at(depths, g, other, B, words), address(scores, i * STRIP)
-                multiply_tile(address(query, 0), words, keys, PANEL * words, words, to, columns, like)
+            x, to = address(query, 0), address(scores, 0)
+            _by_depths(x, words, keys_before, before, to, stride, like)
+            _by_depths(x, words, keys_own, own, to + 4 * before * PANEL, stride, like)
             for r in range(rows):
-                last = row(positions, block * STRIP + j + r, 1, INT32)[0]
+                some, to = address(scores, r * stride), address(weights, r * stride)
+                last = row(positions, block * PANEL + j + r, 1, INT32)[0]
                 first = np.int32(last - window + 1)
-                for i in range(columns // STRIP):
-                    other = i if i < before else fact[FIRST] + i - before
-                    places = positions + 4 * other * STRIP
-                    if not _is_seen(places, first, last):
-                        _hide(address(scores, r * columns + i * STRIP), places, first, last)
-                largest = _largest(address(scores, r * columns), columns)
-                to = address(weights, r * columns)
-                totals[r] = _weigh(address(scores, r * columns), columns, largest, scale, to, like)
-                row(logsums, h * B + block, STRIP, FP32)[j + r] = largest * scale + np.log(totals[r])
-            for column in range(0, D, STRIP):
-                x, to, row_words = address(weights, 0), address(sums, column), columns // per_word
-                values = _tokens_at(tokens, G + g, column, 0, B, D, per_word)
-                multiply_tile(x, row_words, values, panel_size, before * STRIP // per_word, to, D, like)
-                x, own = x + before * STRIP * size, (columns - before * STRIP) // per_word
-                values = _tokens_at(tokens, G + g, column, fact[FIRST], B, D, per_word)
-                add_tile(x, row_words, values, panel_size, own, to, D, like)
+                if before:
+                    _hide(some, positions, first, last, before)
+                _hide(some + 4 * before * PANEL, positions + 4 * first_block * PANEL, first, last, own)
+                largest = _largest(some, columns)
+                totals[r] = _weigh(some, columns, largest, scale, to, like)
+                logsum[j + r] = largest * scale + np.log(totals[r])
+            sums[:] = 0
+            x, to = address(weights, 0), address(sums, 0)
+            _add_by_tokens(x, stride // per_word, values_before, panel_size, before, to, D, like)
+            x += before * PANEL * size
+            _add_by_tokens(x, stride // per_word, values_own, panel_size, own, to, D, like)
             for r in range(rows):
                 to = argument(asked, 0) + ((n + r) * H + h) * D * size
                 _write(address(sums, r * D), np.float32(1) / totals[r], D, to, like)
 
 
 @compiled(fastmath=FAST)
-def _weigh_again(scores, positions, first, last, scale, logsums):
-    """Of a strip, in place: the weights, whose logarithms are the scaled scores less `logsums`."""
-    some, places, less = row(scores, 0, STRIP, FP32), row(positions, 0, STRIP, INT32), row(logsums, 0, STRIP, FP32)
-    for i in range(STRIP):
+def _weigh_again(scores, positions, first, last, scale, logsums, count):
+    """In place: the weights, whose logarithms are the scaled scores less `logsums`."""
+    some, places, less = row(scores, 0, count, FP32), row(positions, 0, count, INT32), row(logsums, 0, count, FP32)
+    for i in range(count):
         x = some[i] * scale - less[i]
         weight = exp(x)
         weight = weight if x == x else x
@@ -383,11 +355,11 @@ def _weigh_again(scores, positions, first, last, scale, logsums):
 
 
 @compiled(fastmath=FAST)
-def _scores_backward(weights, gradients, shifts, scale, to, like):
-    """Of a strip: the gradients of the scores, from those of the weights."""
-    some, grads, less = row(weights, 0, STRIP, FP32), row(gradients, 0, STRIP, FP32), row(shifts, 0, STRIP, FP32)
-    written = row(to, 0, STRIP, like)
-    for i in range(STRIP):
+def _scores_backward(weights, gradients, shifts, scale, to, count, like):
+    """The gradients of the scores, from those of the weights."""
+    some, grads, less = row(weights, 0, count, FP32), row(gradients, 0, count, FP32), row(shifts, 0, count, FP32)
+    written = row(to, 0, count, like)
+    for i in range(count):
         put(written, i, some[i] * (grads[i] - less[i]) * scale)
 
 
@@ -404,11 +376,12 @@ def _queries_backward(asked, block, g, like):
     fact = row(argument(asked, 9), block, FACTS, INT64)
     before = prefix_blocks if block >= prefix_blocks else 0
     query, given = np.zeros(ROWS * D, like.dtype), np.zeros(ROWS * D, like.dtype)
-    columns = min(CHUNK, max(before, block + 1 - fact[FIRST])) * STRIP + APART
-    scores, gradients = np.empty(ROWS * columns, np.float32), np.empty(ROWS * columns, np.float32)
-    back, sums = np.empty(ROWS * columns, like.dtype), np.empty(ROWS * D, np.float32)
-    logsum, shift = np.empty(STRIP, np.float32), np.empty(STRIP, np.float32)
-    panel_size = B * (STRIP // per_word) * PANEL
+    most = min(CHUNK, max(before, block + 1 - fact[FIRST])) * PANEL
+    stride = most + APART
+    scores, gradients = np.empty(ROWS * stride, np.float32), np.empty(ROWS * stride, np.float32)
+    back, sums = np.empty(ROWS * stride, like.dtype), np.empty(ROWS * D, np.float32)
+    logsum, shift = np.empty(most, np.float32), np.empty(most, np.float32)
+    panel_size = B * (PANEL // per_word) * PANEL
     for h in range(g * (H // G), (g + 1) * (H // G)):
         for j in range(0, fact[COUNT], ROWS):
             rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
@@ -420,35 +393,31 @@ def _queries_backward(asked, block, g, like):
             for own in range(2):
                 at, end = (fact[FIRST], block + 1) if own else (0, before)
                 while at < end:
-                    strips = min(CHUNK, end - at)
-                    for i in range(strips):
-                        keys, values = (
-                            _depths_at(depths, H + g, at + i, B, words),
-                            _depths_at(depths, H + G + g, at + i, B, words),
-                        )
-                        to = address(scores, i * STRIP), address(gradients, i * STRIP)
-                        multiply_tile(address(query, 0), words, keys, PANEL * words, words, to[0], columns, like)
-                        multiply_tile(address(given, 0), words, values, PANEL * words, words, to[1], columns, like)
+                    blocks = min(CHUNK, end - at)
+                    keys, values = (
+                        _depths_at(depths, H + g, at, B, words),
+                        _depths_at(depths, H + G + g, at, B, words),
+                    )
+                    _by_depths(address(query, 0), words, keys, blocks, address(scores, 0), stride, like)
+                    _by_depths(address(given, 0), words, values, blocks, address(gradients, 0), stride, like)
+                    count, places = blocks * PANEL, positions + 4 * at * PANEL
                     for r in range(rows):
-                        logsum[:] = row(logsums, h * B + block, STRIP, FP32)[j + r]
-                        shift[:] = row(shifts, h * B + block, STRIP, FP32)[j + r]
-                        last = row(positions, block * STRIP + j + r, 1, INT32)[0]
+                        logsum[:] = row(logsums, h * B + block, PANEL, FP32)[j + r]
+                        shift[:] = row(shifts, h * B + block, PANEL, FP32)[j + r]
+                        last = row(positions, block * PANEL + j + r, 1, INT32)[0]
                         first = np.int32(last - window + 1)
-                        for i in range(strips):
-                            to = r * columns + i * STRIP
-                            some, places = address(scores, to), positions + 4 * (at + i) * STRIP
-                            _weigh_again(some, places, first, last, scale, address(logsum, 0))
-                            grads = address(gradients, to)
-                            _scores_backward(some, grads, address(shift, 0), scale, address(back, to), like)
-                    for column in range(0, D, STRIP):
-                        keys = _tokens_at(tokens, H + g, column, at, B, D, per_word)
-                        x, count = address(back, 0), strips * STRIP // per_word
-                        add_tile(x, columns // per_word, keys, panel_size, count, address(sums, column), D, like)
-                    at += strips
+                        some, grads = address(scores, r * stride), address(gradients, r * stride)
+                        _weigh_again(some, places, first, last, scale, address(logsum, 0), count)
+                        to = address(back, r * stride)
+                        _scores_backward(some, grads, address(shift, 0), scale, to, count, like)
+                    keys = _tokens_at(tokens, H + g, 0, at, B, D, per_word)
+                    x, to = address(back, 0), address(sums, 0)
+                    _add_by_tokens(x, stride // per_word, keys, panel_size, blocks, to, D, like)
+                    at += blocks
             for r in range(rows):
                 place = (n + r) * D * size
                 to = argument(asked, 0) + ((n + r) * (H + 2 * G) + h) * D * size
-                _turn_back(address(sums, r * D), cos + place, sin + place, D, to, like)
+                turn_back(address(sums, r * D), cos + place, sin + place, D, to, like)
 
 
 @compiled()
@@ -464,11 +433,11 @@ def _keys_backward(asked, block, g, like):
     fact = row(argument(asked, 9), block, FACTS, INT64)
     key, value = np.zeros(ROWS * D, like.dtype), np.zeros(ROWS * D, like.dtype)
     end = B if block < prefix_blocks else fact[END]
-    columns = min(CHUNK, end - block) * STRIP + APART
-    scores, gradients = np.empty(ROWS * columns, np.float32), np.empty(ROWS * columns, np.float32)
-    weights, back = np.empty(ROWS * columns, like.dtype), np.empty(ROWS * columns, like.dtype)
+    stride = min(CHUNK, end - block) * PANEL + APART
+    scores, gradients = np.empty(ROWS * stride, np.float32), np.empty(ROWS * stride, np.float32)
+    weights, back = np.empty(ROWS * stride, like.dtype), np.empty(ROWS * stride, like.dtype)
     key_sums, value_sums = np.empty(ROWS * D, np.float32), np.empty(ROWS * D, np.float32)
-    panel_size = B * (STRIP // per_word) * PANEL
+    panel_size = B * (PANEL // per_word) * PANEL
     for j in range(0, fact[COUNT], ROWS):
         rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
         for r in range(rows):
@@ -479,39 +448,33 @@ def _keys_backward(asked, block, g, like):
         value_sums[:] = 0
         at = block
         while at < end:
-            strips = min(CHUNK, end - at)
+            blocks = min(CHUNK, end - at)
+            count, places = blocks * PANEL, positions + 4 * at * PANEL
             for h in range(g * (H // G), (g + 1) * (H // G)):
-                for i in range(strips):
-                    queries, grads = (
-                        _depths_at(depths, h, at + i, B, words),
-                        _depths_at(depths, H + 2 * G + h, at + i, B, words),
-                    )
-                    to = address(scores, i * STRIP), address(gradients, i * STRIP)
-                    multiply_tile(address(key, 0), words, queries, PANEL * words, words, to[0], columns, like)
-                    multiply_tile(address(value, 0), words, grads, PANEL * words, words, to[1], columns, like)
+                queries = _depths_at(depths, h, at, B, words)
+                grads = _depths_at(depths, H + 2 * G + h, at, B, words)
+                _by_depths(address(key, 0), words, queries, blocks, address(scores, 0), stride, like)
+                _by_depths(address(value, 0), words, grads, blocks, address(gradients, 0), stride, like)
+                of_queries = 4 * (h * B + at) * PANEL
                 for r in range(rows):
-                    first = row(positions, block * STRIP + j + r, 1, INT32)[0]
+                    first = row(positions, block * PANEL + j + r, 1, INT32)[0]
                     last = np.int32(first + window - 1)
-                    for i in range(strips):
-                        to, of_queries = r * columns + i * STRIP, 4 * (h * B + at + i) * STRIP
-                        some, places = address(scores, to), positions + 4 * (at + i) * STRIP
-                        _weigh_again(some, places, first, last, scale, logsums + of_queries)
-                        _write(some, np.float32(1), STRIP, address(weights, to), like)
-                        grads = address(gradients, to)
-                        _scores_backward(some, grads, shifts + of_queries, scale, address(back, to), like)
-                for column in range(0, D, STRIP):
-                    count = strips * STRIP // per_word
-                    grads = _tokens_at(tokens, H + 2 * G + h, column, at, B, D, per_word)
-                    x, to = address(weights, 0), address(value_sums, column)
-                    add_tile(x, columns // per_word, grads, panel_size, count, to, D, like)
-                    queries = _tokens_at(tokens, h, column, at, B, D, per_word)
-                    x, to = address(back, 0), address(key_sums, column)
-                    add_tile(x, columns // per_word, queries, panel_size, count, to, D, like)
-            at += strips
+                    some, of_weights = address(scores, r * stride), address(gradients, r * stride)
+                    _weigh_again(some, places, first, last, scale, logsums + of_queries, count)
+                    _write(some, np.float32(1), count, address(weights, r * stride), like)
+                    to = address(back, r * stride)
+                    _scores_backward(some, of_weights, shifts + of_queries, scale, to, count, like)
+                grads = _tokens_at(tokens, H + 2 * G + h, 0, at, B, D, per_word)
+                x, to = address(weights, 0), address(value_sums, 0)
+                _add_by_tokens(x, stride // per_word, grads, panel_size, blocks, to, D, like)
+                queries = _tokens_at(tokens, h, 0, at, B, D, per_word)
+                x, to = address(back, 0), address(key_sums, 0)
+                _add_by_tokens(x, stride // per_word, queries, panel_size, blocks, to, D, like)
+            at += blocks
         for r in range(rows):
             place = (n + r) * D * size
             to = argument(asked, 0) + ((n + r) * (H + 2 * G) + H + g) * D * size
-            _turn_back(address(key_sums, r * D), cos + place, sin + place, D, to, like)
+            turn_back(address(key_sums, r * D), cos + place, sin + place, D, to, like)
             _write(address(value_sums, r * D), np.float32(1), D, to + G * D * size, like)
 
 

@@ -117,6 +117,12 @@ def multiply_tile(x, stride, packed, panel_size, count, out, out_stride, like):
 
 
 @compiled()
+def multiply_panel(x, stride, packed, count, out, out_stride, like):
+    """`multiply` of ROWS rows and one panel."""
+    _many_1(pointer(x, INT32), stride, pointer(packed, INT32), 0, count, pointer(out, FP32), out_stride, like)
+
+
+@compiled()
 def add_tile(x, stride, packed, panel_size, count, out, out_stride, like):
     """`multiply_tile`, on top of what is in `out`."""
     to = pointer(out, FP32)

@@ -18,7 +18,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from repertory.model.attention import PackedRows, Scoring, current_layout
 from repertory.model.kernel import Kernel, argument, is_for
-from repertory.model.packedattention import PackedAttention, Segments, copy, fits, turn
+from repertory.model.packedattention import PackedAttention, Segments, fits
+from repertory.model.rotation import copy, turn
 
 BLOCK_TOKENS = 8
 
