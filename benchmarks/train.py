@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
+from repertory.service.host_process import LARGE_PAGES
 
 TRL_WAYS = {
     "bf16, 4 x 4": ["--dtype", "bf16", "--micro-batch", "4"],
@@ -104,7 +106,8 @@ def compare_whole(name: str, way: str) -> dict[str, Any]:
 
 def worker(system: str, name: str, *flags: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.train_worker", system, name, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = LARGE_PAGES | os.environ  # as a host of ours has them, for both
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL:  # by the system, for the memory
         raise MemoryError
     if done.returncode:

@@ -12,8 +12,6 @@ from repertory.model.layers import Siblings
 from repertory.model.lora_kernel import (
     BLOCK_TOKENS,
     GRAD_A,
-    OUTPUTS,
-    REAL,
     correct,
     correct_backward,
     gradients,
@@ -96,15 +94,12 @@ class Panels:
 
     def gradients(self, x: Tensor, grad_y: Tensor, low: Tensor, grad_low: Tensor) -> list[Tensor]:
         """Of the weights, in their order."""
-        ranks, widths = self._facts[:, REAL].tolist(), self._facts[:, OUTPUTS].tolist()
-        grads_A = [torch.empty(r, self.inputs) for r in ranks]
-        grads_B = [torch.empty(width, r) for width, r in zip(widths, ranks, strict=True)]
-        facts = self._facts.clone()
-        facts[:, GRAD_A:] = torch.tensor([[A.data_ptr(), B.data_ptr()] for A, B in zip(grads_A, grads_B, strict=True)])
+        grads = [torch.empty(weight.shape) for weight in self._weights]
+        facts, count = self._facts.clone(), len(self._facts)
+        facts[:, GRAD_A:] = torch.tensor([grad.data_ptr() for grad in grads]).view(2, count).t()
         blocks = (self.inputs + self.outputs) // STRIP
-        sizes = len(x), self.inputs, self.outputs, self.ranks, len(facts)
-        gradients.run(blocks, x, grad_y, low, grad_low, facts, *sizes)
-        return [*grads_A, *grads_B]
+        gradients.run(blocks, x, grad_y, low, grad_low, facts, len(x), self.inputs, self.outputs, self.ranks, count)
+        return grads
 
 
 def correct_stretches(
