@@ -140,7 +140,7 @@ def test_attention_over_packed_rows(
     dtype: torch.dtype,
     two_threads: None,
 ) -> None:
-    if not packedattention.fits(torch.zeros(1, dtype=dtype), size):
+    if not packedattention.fits(dtype.itemsize, size):
         pytest.skip("this processor does not multiply bf16")
     torch.manual_seed(0)
     layout = PackedRows(prefix, lengths, torch.device("cpu"))
@@ -392,7 +392,7 @@ def test_what_is_no_number_stays_none_and_where_it_is(bad: float, dtype: torch.d
     assert (~finite).nonzero().tolist() == [[0, 3, 7], [0, 4, 6]]
     qkv, turned = torch.randn(1, 20, 96).to(dtype), torch.ones(2, 1, 20, 32).to(dtype)
     qkv[0, 9, 70] = bad  # of a value that the rest of its row sees
-    if packedattention.fits(qkv, 32):
+    if packedattention.fits(dtype.itemsize, 32):
         segments = packedattention.Segments.of(4, (8, 8))
         finite = packedattention.PackedAttention.apply(qkv, *turned, segments, 1, 1, 1.0, None).isfinite().all(-1)[0]
         assert not finite[9:12].any()

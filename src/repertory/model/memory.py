@@ -19,6 +19,8 @@ from typing import Any
 
 from repertory.contracts import BaseKey, OptimizerName
 from repertory.model.attention import MOST_WRITTEN_OUT
+from repertory.model.kernel import lacking
+from repertory.model.packedattention import fits
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # NF4 and FP4: half a byte, an 8-bit scale per 64 weights, and an fp32 scale per 256 of those ("double quantization",
@@ -43,6 +45,7 @@ class Architecture:
     intermediate_size: int  # features between the MLP's layers, of one token
     is_gated: bool  # the MLP multiplies two projections
     is_softcapped: bool  # attention, whose weights are then written out on every device
+    is_llama_like: bool  # attention, which is then compiled on a CPU (`selfattention`)
     blocks: int
     heads: int
     query_size: int  # query heads x head size
@@ -50,6 +53,10 @@ class Architecture:
     vocabulary: int
     linear: dict[str, tuple[int, int]]  # (in_features, out_features) of the blocks' linear layers, by name
     parameters: int
+
+    @property
+    def head_size(self) -> int:
+        return self.query_size // self.heads
 
     @staticmethod
     def of(config: Any, linear: dict[str, tuple[int, int]], parameters: int) -> Architecture:
@@ -64,6 +71,7 @@ class Architecture:
             hidden_size=hidden,
             intermediate_size=intermediate * int(experts),
             is_softcapped=getattr(config, "attn_logit_softcapping", None) is not None,
+            is_llama_like=config.model_type in ("llama", "mistral", "qwen2"),
             is_gated=into_mlp >= 2 * intermediate or experts > 1,
             blocks=int(config.num_hidden_layers),
             heads=int(config.num_attention_heads),
@@ -217,9 +225,12 @@ class Demand:
     def _attention_elements(self) -> int:
         """Queries, keys and values; and the outputs, or the weights where they are written out.
 
-        Several rows are padded to the longest, and each has keys and values of the whole prefix beside its own.
+        Where attention is compiled it keeps them as they are. Else several rows are padded to the longest, and each has
+        keys and values of the whole prefix beside its own.
         """
         architecture, elements = self.architecture, 0
+        if self._has_compiled_attention:
+            return self.batch.tokens * (2 * architecture.query_size + 2 * architecture.key_size)
         for one in self._attention_passes():
             if self._is_written_out(one):
                 read = one.queries * architecture.query_size + 2 * one.keys * architecture.key_size
@@ -244,7 +255,16 @@ class Demand:
             return 1
         return 2 if BYTES[self.key.dtype] == 4 else 4
 
+    @property
+    def _has_compiled_attention(self) -> bool:
+        architecture = self.architecture
+        is_for_kernels = self.device == "cpu" and self.key.dtype != "fp16" and lacking() is None
+        is_joined = architecture.is_llama_like and self.key.quantization == "none"
+        return is_for_kernels and is_joined and fits(BYTES[self.key.dtype], architecture.head_size)
+
     def _is_written_out(self, one: _AttentionPass) -> bool:
+        if self._has_compiled_attention:
+            return False
         return self.architecture.is_softcapped or (self.device == "cpu" and one.keys <= MOST_WRITTEN_OUT)
 
 

@@ -39,7 +39,6 @@ from repertory.model.kernel import (
     float_argument,
     from_bits,
     get,
-    is_for,
     put,
     row,
 )
@@ -80,9 +79,9 @@ class Segments:
         return len(self.facts)
 
 
-def fits(x: Tensor, head_size: int) -> bool:
-    """Whether activations like these, and heads of this size, can go through it."""
-    return is_for(x) and head_size % STRIP == 0 and (x.dtype == torch.float32 or HAS_BF16_PRODUCTS)
+def fits(itemsize: int, head_size: int) -> bool:
+    """Whether numbers of so many bytes, that kernels can compute with, and heads of this size can go through it."""
+    return head_size % STRIP == 0 and (itemsize == 4 or HAS_BF16_PRODUCTS)
 
 
 class PackedAttention(torch.autograd.Function):

@@ -66,7 +66,7 @@ def _forward(
 
 
 def _is_for(x: Tensor, head_size: int) -> bool:
-    return is_for(x) and (not isinstance(current_layout(), PackedRows) or fits(x, head_size))
+    return is_for(x) and (not isinstance(current_layout(), PackedRows) or fits(x.itemsize, head_size))
 
 
 def _apart(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
