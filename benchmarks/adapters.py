@@ -1,7 +1,8 @@
 """`make bench-adapters`: a thousand voices on disk, a few of them in memory, fewer in slots, and all of them asked.
 
 A real host of the bundled model. Readers ask one voice after the other, drawn by Zipf's law, each as soon as the one
-before has answered; there are more readers than slots. Fails if one of them gets an error. Prints one line of JSON.
+before has answered; there are more readers than slots. First they fill what the host keeps of prompts to its limit,
+some minutes, then they are timed. Fails if one of them gets an error. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.modes import Host, hosting
 from benchmarks.voices import random_voice, write_version
-from repertory.contracts import BUNDLED_MODEL, AdapterRef, BaseKey, GenerateRequest, HostHealth
+from repertory.contracts import BUNDLED_MODEL, AdapterRef, BaseKey, GenerateRequest, HostHealth, HostStats
 from repertory.data.conversations import Message
 from repertory.model import base as base_module
 from repertory.model.weights import fingerprint, locate
@@ -34,6 +35,8 @@ RANK = 4
 MEMORY_GB = 0.125  # for adapters: about a twentieth of a thousand such voices, so that they come and go
 NEW_TOKENS = 24
 ZIPF_EXPONENT = 1.0
+FULL = 0.98  # of what is kept of prompts: a block more may not fit
+FILLING_SECONDS = 900.0  # at the most
 
 
 @dataclass
@@ -56,34 +59,38 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--readers", type=int, default=48)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--filling", type=float, default=FILLING_SECONDS, help="seconds at the most, before")
     args = parser.parse_args()
-    found = measured(args.adapters, args.slots, args.readers, args.seconds)
+    found = measured(args.adapters, args.slots, args.readers, args.seconds, args.filling)
     print(json.dumps(found))
     if found["errors"]:
         raise SystemExit(f"{found['errors']} requests failed: {found['first_error']}")
 
 
-def measured(adapters: int = 1000, slots: int = 32, readers: int = 48, seconds: float = 60.0) -> dict[str, Any]:
+def measured(
+    adapters: int = 1000, slots: int = 32, readers: int = 48, seconds: float = 60.0, filling: float = FILLING_SECONDS
+) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         print(f"writing {adapters} voices", file=sys.stderr)
         refs = write_voices(Path(folder), adapters)
         limits = {"ADAPTER_SLOTS": str(slots), "ADAPTER_MEMORY_GB": str(MEMORY_GB)}
         with hosting(KEY.quantization, KEY.dtype, **limits) as host:
             host.reply()
+            print(f"{readers} readers until the prefix cache is full", file=sys.stderr)
+            before = asyncio.run(read(host, refs, range(readers), filling, until_full=True))
             print(f"{readers} readers for {seconds:.0f} s", file=sys.stderr)
-            heard = asyncio.run(read(host, refs, readers, seconds))
-            health = HostHealth.model_validate(host.client.get("/health").json())
-    ram = health.stats.adapters["ram"]
+            heard = asyncio.run(read(host, refs, range(readers, 2 * readers), seconds))
+            stats = stats_of(host)
+    ram, errors = stats.adapters["ram"], before.errors + heard.errors
     loads = sum(ram.loads.counts)
-    steady = heard.memory_mb[len(heard.memory_mb) // 2 :]  # the memory for adapters and the batch are full by then
     return {
         "adapters": adapters,
         "slots": slots,
         "readers": readers,
         "seconds": seconds,
         "replies": heard.replies,
-        "errors": len(heard.errors),
-        "first_error": heard.errors[0] if heard.errors else None,
+        "errors": len(errors),
+        "first_error": errors[0] if errors else None,
         "voices_asked": len(heard.voices),
         "tokens_per_second": round(heard.tokens / heard.seconds, 1),
         "first_token_ms": spread(heard.first),
@@ -93,8 +100,18 @@ def measured(adapters: int = 1000, slots: int = 32, readers: int = 48, seconds: 
         "evictions": ram.evictions,
         "in_memory": ram.resident,
         "adapter_mb": round(ram.bytes / 1e6, 1),
-        "memory_mb": {"then": round(steady[0]), "most": round(max(steady)), "end": round(steady[-1])},
+        "filling_seconds": round(before.seconds),
+        "prefix_cache_mb": round(stats.prefix_cache_bytes / 1e6),
+        "memory_mb": {
+            "begin": round(heard.memory_mb[0]),
+            "most": round(max(heard.memory_mb)),
+            "end": round(heard.memory_mb[-1]),
+        },
     }
+
+
+def stats_of(host: Host) -> HostStats:
+    return HostHealth.model_validate(host.client.get("/health").json()).stats
 
 
 def write_voices(folder: Path, count: int) -> list[AdapterRef]:
@@ -109,24 +126,32 @@ def write_voices(folder: Path, count: int) -> list[AdapterRef]:
     ]
 
 
-async def read(host: Host, refs: Sequence[AdapterRef], readers: int, seconds: float) -> Heard:
+async def read(
+    host: Host, refs: Sequence[AdapterRef], seeds: Sequence[int], seconds: float, *, until_full: bool = False
+) -> Heard:
+    """Readers with these seeds, for so long, or at the most so long until the prefix cache is full."""
     heard = Heard()
     begin = time.perf_counter()
-    ends = begin + seconds
-    asking = [asyncio.create_task(reader(host, refs, seed, ends, heard)) for seed in range(readers)]
-    while time.perf_counter() < ends:
+    over = asyncio.Event()
+    asking = [asyncio.create_task(reader(host, refs, seed, over, heard)) for seed in seeds]
+    while time.perf_counter() < begin + seconds:
         heard.memory_mb.append(host.resident_mb)
         await asyncio.sleep(1)
+        if until_full:
+            stats = await asyncio.to_thread(stats_of, host)
+            if stats.prefix_cache_bytes >= FULL * stats.prefix_cache_most_bytes:
+                break
+    over.set()
     await asyncio.gather(*asking)
     heard.seconds = time.perf_counter() - begin
     return heard
 
 
-async def reader(host: Host, refs: Sequence[AdapterRef], seed: int, ends: float, heard: Heard) -> None:
+async def reader(host: Host, refs: Sequence[AdapterRef], seed: int, over: asyncio.Event, heard: Heard) -> None:
     chance = random.Random(seed)
     weights = list(itertools.accumulate((at + 1) ** -ZIPF_EXPONENT for at in range(len(refs))))
     client = HostClient(host.socket)
-    while time.perf_counter() < ends:
+    while not over.is_set():
         ref = chance.choices(refs, cum_weights=weights)[0]
         request = GenerateRequest(
             request_id=f"{seed}",

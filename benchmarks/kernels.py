@@ -21,17 +21,19 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.train_worker import ALPHA, RANK, load, rendered
 from benchmarks.workloads import workload
 from repertory.contracts import BUNDLED_MODEL
 from repertory.model import crossentropy, gatedmlp, rmsnorm, selfattention
 from repertory.model.adapter import Adapter, LoraConfig
-from repertory.model.attention import Scoring, causal_attention, scaled_dot_product
+from repertory.model.attention import PackedRows, Scoring, causal_attention, scaled_dot_product
 from repertory.model.attention import causal_mask as mask_of
-from repertory.model.base import Base
+from repertory.model.base import Base, padded_length
 from repertory.model.lora import Training, drop_, dropout_mask
 from repertory.model.microbatch import MicroBatch
+from repertory.model.packedattention import PackedAttention, Segments
 from repertory.model.panels import Panels
 
 BUSY = "import time\nends = time.time() + 30\nwhile time.time() < ends: pass"
@@ -57,6 +59,10 @@ def main() -> None:
     table.add_row("memory that 400 new shapes keep, that 13 padded ones keep", *kept_by_shapes(), "MB")
     table.add_row("attention, forward and backward, 4 rows of 96 + 24 tokens", *attention(4, 96, 24), "ms")
     table.add_row("attention, forward and backward, 16 rows of 32 + 440 tokens", *attention(16, 32, 440), "ms")
+    for what, prefix, lengths in PACKS:
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            times = packed(prefix, lengths, dtype)
+            table.add_row(f"attention over packed rows, forward and backward, {what}, {name}", *times, "ms")
     table.add_row("softmax over 88 keys, over 96", *softmax(), "ms")
     table.add_row("dropout of 416 x 576", *dropout(), "ms")
     table.add_row("an optimizer step over the adapter's 420 tensors", *optimizer(), "ms")
@@ -120,6 +126,32 @@ def attention(rows: int, tokens: int, prefix: int) -> tuple[str, str]:
         causal_attention(query, key, value, 3, how).backward(gradient)
 
     return f"{milliseconds(flash):.2f}", f"{milliseconds(ours):.2f}"
+
+
+SHORT = tuple(range(38, 54))
+PACKS = [("24 + 16 x 38 to 53", 24, SHORT), ("440 + 16 x 38 to 53", 440, SHORT), ("24 + 1 x 1100", 24, (1100,))]
+
+
+def packed(prefix: int, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[str, str]:
+    """From joined queries, keys and values on: as other families go, by torch, and compiled."""
+    layout, segments = PackedRows(prefix, lengths, torch.device("cpu")), Segments.of(prefix, lengths)
+    heads, groups, size = 9, 3, 64
+    tokens = padded_length(layout.token_count)
+    cos, sin = torch.rand(2, 1, tokens, size).to(dtype)
+    qkv = torch.randn(1, tokens, (heads + 2 * groups) * size).to(dtype).requires_grad_()
+    gradient = torch.randn(1, tokens, heads * size).to(dtype)
+
+    def by_torch() -> None:
+        parts = qkv.split([heads * size, groups * size, groups * size], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, size)).transpose(1, 2) for part in parts)
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        seen = layout.attend(0, query, key, value, Scoring(scale=0.125))
+        seen.transpose(1, 2).flatten(2).backward(gradient)
+
+    def ours() -> None:
+        PackedAttention.apply(qkv, cos, sin, segments, heads, groups, 0.125, None).backward(gradient)
+
+    return f"{milliseconds(by_torch):.2f}", f"{milliseconds(ours):.2f}"
 
 
 def optimizer() -> tuple[str, str]:

@@ -212,6 +212,8 @@ class HostStats(Contract):
 
     steps: int = 0  # forward passes of serving
     kv_cache_usage: float = Field(0.0, ge=0, le=1)  # of the bytes that the engine allows itself
+    prefix_cache_bytes: int = 0  # held
+    prefix_cache_most_bytes: int = 0  # beyond which the least recently used leave
     adapters: dict[Literal["ram", "slots"], AdapterTier] = {}  # tiers; what is on disk the service knows
 
 

@@ -171,7 +171,8 @@ def test_a_series_never_falls_while_it_is_shown(service: Service) -> None:
 def test_hosts_tell_of_their_adapter_tiers(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = Durations().and_one(0.003).and_one(0.2).and_one(99.0)
     tiers: Any = {"ram": AdapterTier(resident=7, bytes=70, hits=5, misses=3, evictions=1, loads=loads)}
-    stats = HostStats(steps=12, kv_cache_usage=0.25, adapters=tiers)
+    cached = {"prefix_cache_bytes": 40, "prefix_cache_most_bytes": 50}
+    stats = HostStats(steps=12, kv_cache_usage=0.25, adapters=tiers, **cached)
     health = HostHealth(state="ready", running=3, waiting=4, memory_bytes=99, stats=stats)
     host = Host(
         name="host-1", base_model="m", is_default=True, socket=Path("nowhere"), asked=None, key=None, health=health,
@@ -184,6 +185,8 @@ def test_hosts_tell_of_their_adapter_tiers(service: Service, monkeypatch: pytest
     assert value(found, "vllm:num_requests_running", **of) == 3
     assert value(found, "vllm:num_requests_waiting", **of) == 4
     assert value(found, "vllm:kv_cache_usage_perc", **of) == 0.25
+    assert value(found, "repertory_prefix_cache_bytes", **of) == 40
+    assert value(found, "repertory_prefix_cache_limit_bytes", **of) == 50
     ram = of | {"tier": "ram"}
     assert value(found, "repertory_adapters_resident", **ram) == 7
     assert value(found, "repertory_adapter_hits_total", **ram) == 5

@@ -41,7 +41,9 @@ def test_the_serving_benchmark_measures_what_it_is_asked_for_and_keeps_the_rest(
 @pytest.mark.slow
 def test_more_voices_than_slots_are_asked_without_an_error() -> None:
     command = [sys.executable, "-m", "benchmarks.adapters", "--adapters", "40", "--slots", "4", "--readers", "8"]
-    done = subprocess.run([*command, "--seconds", "5"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--seconds", "5", "--filling", "2"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == 0

@@ -163,6 +163,8 @@ class Host:
             stats=HostStats(
                 steps=loop.engine.steps,
                 kv_cache_usage=loop.engine.cache_usage,
+                prefix_cache_bytes=loop.engine.prefixes.held_bytes,
+                prefix_cache_most_bytes=loop.engine.prefixes.most_bytes,
                 adapters={"ram": loop.voices.stats, "slots": scheduler.slots.stats},
             ),
         )

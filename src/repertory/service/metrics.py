@@ -202,6 +202,8 @@ class _State(Collector):
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences in the queue.", labels=labels)
         cache = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", labels=labels)
         memory = GaugeMetricFamily("repertory_host_memory_bytes", "Of its process, or of the GPU.", labels=labels)
+        prefixes = GaugeMetricFamily("repertory_prefix_cache_bytes", "Of beginnings of prompts.", labels=labels)
+        most = GaugeMetricFamily("repertory_prefix_cache_limit_bytes", "Beyond which some leave.", labels=labels)
         steps = CounterMetricFamily("repertory_host_steps", "Forward passes of serving.", labels=labels)
         adapters = _Adapters()
         for host in self._service.hosts.ready():
@@ -210,9 +212,11 @@ class _State(Collector):
             waiting.add_metric(of, health.waiting)
             cache.add_metric(of, health.stats.kv_cache_usage)
             memory.add_metric(of, health.memory_bytes)
+            prefixes.add_metric(of, health.stats.prefix_cache_bytes)
+            most.add_metric(of, health.stats.prefix_cache_most_bytes)
             steps.add_metric(of, health.stats.steps)
             adapters.add(of, health.stats)
-        yield from (running, waiting, cache, memory, steps, *adapters.families)
+        yield from (running, waiting, cache, memory, prefixes, most, steps, *adapters.families)
 
     def _admission(self) -> Iterator[Metric]:
         admission = self._service.admission
