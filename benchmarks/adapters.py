@@ -77,12 +77,14 @@ def measured(
         with hosting(KEY.quantization, KEY.dtype, **limits) as host:
             host.reply()
             print(f"{readers} readers until the prefix cache is full", file=sys.stderr)
-            before = asyncio.run(read(host, refs, range(readers), filling, until_full=True))
+            filled = asyncio.run(read(host, refs, range(readers), filling, until_full=True))
+            before = stats_of(host)
             print(f"{readers} readers for {seconds:.0f} s", file=sys.stderr)
             heard = asyncio.run(read(host, refs, range(readers, 2 * readers), seconds))
             stats = stats_of(host)
-    ram, errors = stats.adapters["ram"], before.errors + heard.errors
-    loads = sum(ram.loads.counts)
+    ram, ram_before, errors = stats.adapters["ram"], before.adapters["ram"], filled.errors + heard.errors
+    loads = sum(ram.loads.counts) - sum(ram_before.loads.counts)
+    load_seconds = ram.loads.total_seconds - ram_before.loads.total_seconds
     return {
         "adapters": adapters,
         "slots": slots,
@@ -96,12 +98,13 @@ def measured(
         "first_token_ms": spread(heard.first),
         "between_tokens_ms": spread(heard.gaps),
         "loads": loads,
-        "load_ms": round(1000 * ram.loads.total_seconds / loads, 1),
-        "evictions": ram.evictions,
+        "load_ms": round(1000 * load_seconds / max(loads, 1), 1),
+        "evictions": ram.evictions - ram_before.evictions,
         "in_memory": ram.resident,
         "adapter_mb": round(ram.bytes / 1e6, 1),
-        "filling_seconds": round(before.seconds),
+        "filling_seconds": round(filled.seconds),
         "prefix_cache_mb": round(stats.prefix_cache_bytes / 1e6),
+        "prefix_cache_limit_mb": round(stats.prefix_cache_most_bytes / 1e6),
         "memory_mb": {
             "begin": round(heard.memory_mb[0]),
             "most": round(max(heard.memory_mb)),

@@ -110,8 +110,10 @@ def repertory(work: Workload, steps: int) -> dict[str, Any]:
 
 def executed_flops(base: Base, rows: list[Row], work: Workload, steps: int) -> float:
     """Of the matrix products of the timed steps, from what really goes through the model: 2 a weight and token forward,
-    2 backward for the inputs (the base is frozen), 6 for adapters, and the output embeddings where there is a label;
-    of attention 12 a query, a key that it sees and a number of a head, not what the backward pass computes again."""
+    2 backward for the inputs but those of the first layers (the base is frozen), 6 for adapters, and the output
+    embeddings where there is a label; of attention 12 a query, a key that it sees and a number of a head, not what the
+    backward pass computes again.
+    """
     from repertory.model.hyperparameters import resolve
     from repertory.model.microbatch import MicroBatch, common_prefix
     from repertory.model.plan import Plan
@@ -121,13 +123,18 @@ def executed_flops(base: Base, rows: list[Row], work: Workload, steps: int) -> f
     linear = sum(layer.shape[0] * layer.shape[1] for layer in base.layers.values())
     lora = sum(RANK * (layer.shape[0] + layer.shape[1]) for layer in base.layers.values())
     head = base.model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    first = sum(
+        layer.shape[0] * layer.shape[1]
+        for name, layer in base.layers.items()
+        if ".0.self_attn." in name and not name.endswith("o_proj")
+    )
     query_size = next(layer.shape[1] for name, layer in base.layers.items() if name.endswith("q_proj"))
     flops = 0.0
     for step in range(2, steps + 2):
         for indices in plan.microbatches(step):
             batch = MicroBatch.of([rows[at] for at in indices], base.device)
             tokens = padded_length(batch.layout.token_count)
-            flops += tokens * (4 * linear + 6 * lora) + 4 * head * padded_length(len(batch.targets))
+            flops += tokens * (4 * linear - 2 * first + 6 * lora) + 4 * head * padded_length(len(batch.targets))
             flops += 12 * base.layer_count * query_size * int((batch.layout.positions + 1).sum())
     return flops
 

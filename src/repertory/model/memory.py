@@ -1,9 +1,9 @@
 """How much memory a base model and a training run take, from shapes alone: no weights are needed, nothing is run.
 
 Activations are what autograd keeps between forward and backward, counted operation by operation as this package
-computes them (`lora`, `rmsnorm`, `gatedmlp`, `attention.PackedRows`, `crossentropy`), for one micro-batch. Measured
-beside it on a CPU (bundled model, rank 16, all linear layers, 128 to 640 tokens, fp32 and bf16; `docs/log.md`):
-`python -m benchmarks.memory` sees a resident memory that rises 1.16 to 1.45 times as far, for which ALLOCATOR_OVERHEAD
+computes them (`lora`, `rmsnorm`, `gatedmlp`, `packedattention`, `attention`, `crossentropy`), for one micro-batch.
+Measured beside it on a CPU (bundled model, rank 16, all linear layers, 128 to 640 tokens, fp32 and bf16;
+`docs/log.md`): `python -m benchmarks.memory` sees a resident memory that rises 1.16 to 1.45 times as far, for which ALLOCATOR_OVERHEAD
 stands. No GPU has confirmed the figures yet.
 
 Shapes: h hidden size, i intermediate size, q query heads x head size.
@@ -225,12 +225,14 @@ class Demand:
     def _attention_elements(self) -> int:
         """Queries, keys and values; and the outputs, or the weights where they are written out.
 
-        Where attention is compiled it keeps them as they are. Else several rows are padded to the longest, and each has
+        Where attention is compiled it keeps them as they are, and without dropout the next layer's input is the
+        output, which is counted there. Else several rows are padded to the longest, and each has
         keys and values of the whole prefix beside its own.
         """
         architecture, elements = self.architecture, 0
         if self._has_compiled_attention:
-            return self.batch.tokens * (2 * architecture.query_size + 2 * architecture.key_size)
+            queries = 2 if self.dropout else 1
+            return self.batch.tokens * (queries * architecture.query_size + 2 * architecture.key_size)
         for one in self._attention_passes():
             if self._is_written_out(one):
                 read = one.queries * architecture.query_size + 2 * one.keys * architecture.key_size

@@ -101,13 +101,13 @@ class PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
         tokens, size, blocks = qkv.shape[1], cos.shape[-1], segments.blocks
-        packed = [qkv.new_empty(2 * groups * blocks * PANEL * size) for _ in range(2)]
+        packed = qkv.new_empty(2 * groups * blocks * PANEL * size)  # a head of each has the same place in both kinds
         seen = qkv.new_empty(1, tokens, heads * size)
         logsums = torch.zeros(heads * blocks * PANEL)
-        numbers = (blocks, segments.prefix_blocks, heads, groups, size, scale, window or NOWHERE)
+        numbers = (blocks, segments.prefix_blocks, heads, groups, size, scale, min(window or NOWHERE, NOWHERE))
         where = segments.facts, segments.positions
-        _pack.run(blocks * 2 * groups, qkv, cos, sin, 0, 0, 0, *packed, *where, *numbers)
-        _attend.run(blocks * groups, seen, qkv, cos, sin, logsums, *packed, *where, *numbers)
+        _pack.run(blocks * 2 * groups, qkv, cos, sin, 0, 0, 0, packed, packed, *where, *numbers)
+        _attend.run(blocks * groups, seen, qkv, cos, sin, logsums, packed, packed, *where, *numbers)
         end = int(segments.facts[-1, TOKEN] + segments.facts[-1, COUNT])
         seen[:, end:] = 0
         ctx.save_for_backward(qkv, cos, sin, seen, logsums)
@@ -136,6 +136,21 @@ def _numbers(asked, first):
     """B, blocks of the prefix, H, G, D; a scale and a window follow."""
     some = argument(asked, first), argument(asked, first + 1), argument(asked, first + 2)
     return (*some, argument(asked, first + 3), argument(asked, first + 4))
+
+
+@compiled()
+def _turn_rows(x, stride, cos, sin, rows, D, to, like):
+    """One head of so many tokens; `stride` numbers from one token to the next."""
+    size = like.itemsize
+    for r in range(rows):
+        place = r * D * size
+        turn(x + r * stride * size, cos + place, sin + place, D, to + place, like)
+
+
+@compiled()
+def _copy_rows(x, stride, rows, D, to, like):
+    for r in range(rows):
+        copy(x + r * stride * like.itemsize, D, to + r * D * like.itemsize, like)
 
 
 @compiled(fastmath=FAST)
@@ -191,8 +206,8 @@ def _tokens_at(packed, head, column, block, B, D, per_word):
 
 @Kernel
 def _pack(asked, at, like):
-    """Forward: keys for the scores, values for the sums. Backward, where there is a gradient: queries, keys, values and
-    the gradient for both, and of each query the sum by which its weights' gradients are shifted.
+    """Forward: keys for the scores, values for the sums. Backward, where there is a gradient: queries, keys and the
+    gradient for both, values for the scores' gradients, and of each query the sum by which those are shifted.
     """
     grad, seen = argument(asked, 3), argument(asked, 4)
     depths, tokens = argument(asked, 6), argument(asked, 7)
@@ -298,7 +313,7 @@ def _attend(asked, at, like):
     B, prefix_blocks, H, G, D = _numbers(asked, 9)
     scale, window = float_argument(asked, 14), argument(asked, 15)
     size, per_word = like.itemsize, 4 // like.itemsize
-    words = D // per_word
+    words, width = D // per_word, (H + 2 * G) * D
     block, g = B - 1 - at // G, at % G  # the last blocks of a row have the most to see
     fact = row(argument(asked, 7), block, FACTS, INT64)
     first_block, before = fact[FIRST], prefix_blocks if block >= prefix_blocks else 0
@@ -316,9 +331,8 @@ def _attend(asked, at, like):
         logsum = row(logsums, h * B + block, PANEL, FP32)
         for j in range(0, fact[COUNT], ROWS):
             rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
-            for r in range(rows):
-                x, place = qkv + ((n + r) * (H + 2 * G) + h) * D * size, (n + r) * D * size
-                turn(x, cos + place, sin + place, D, address(query, r * D), like)
+            x, place = qkv + (n * width + h * D) * size, n * D * size
+            _turn_rows(x, width, cos + place, sin + place, rows, D, address(query, 0), like)
             x, to = address(query, 0), address(scores, 0)
             _by_depths(x, words, keys_before, before, to, stride, like)
             _by_depths(x, words, keys_own, own, to + 4 * before * PANEL, stride, like)
@@ -371,7 +385,7 @@ def _queries_backward(asked, block, g, like):
     B, prefix_blocks, H, G, D = _numbers(asked, 11)
     scale, window = float_argument(asked, 16), argument(asked, 17)
     size, per_word = like.itemsize, 4 // like.itemsize
-    words = D // per_word
+    words, width = D // per_word, (H + 2 * G) * D
     fact = row(argument(asked, 9), block, FACTS, INT64)
     before = prefix_blocks if block >= prefix_blocks else 0
     query, given = np.zeros(ROWS * D, like.dtype), np.zeros(ROWS * D, like.dtype)
@@ -384,10 +398,9 @@ def _queries_backward(asked, block, g, like):
     for h in range(g * (H // G), (g + 1) * (H // G)):
         for j in range(0, fact[COUNT], ROWS):
             rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
-            for r in range(rows):
-                x, place = qkv + ((n + r) * (H + 2 * G) + h) * D * size, (n + r) * D * size
-                turn(x, cos + place, sin + place, D, address(query, r * D), like)
-                copy(grad + ((n + r) * H + h) * D * size, D, address(given, r * D), like)
+            x, place = qkv + (n * width + h * D) * size, n * D * size
+            _turn_rows(x, width, cos + place, sin + place, rows, D, address(query, 0), like)
+            _copy_rows(grad + (n * H + h) * D * size, H * D, rows, D, address(given, 0), like)
             sums[:] = 0
             for own in range(2):
                 at, end = (fact[FIRST], block + 1) if own else (0, before)
@@ -415,7 +428,7 @@ def _queries_backward(asked, block, g, like):
                     at += blocks
             for r in range(rows):
                 place = (n + r) * D * size
-                to = argument(asked, 0) + ((n + r) * (H + 2 * G) + h) * D * size
+                to = argument(asked, 0) + ((n + r) * width + h * D) * size
                 turn_back(address(sums, r * D), cos + place, sin + place, D, to, like)
 
 
@@ -428,7 +441,7 @@ def _keys_backward(asked, block, g, like):
     B, prefix_blocks, H, G, D = _numbers(asked, 11)
     scale, window = float_argument(asked, 16), argument(asked, 17)
     size, per_word = like.itemsize, 4 // like.itemsize
-    words = D // per_word
+    words, width = D // per_word, (H + 2 * G) * D
     fact = row(argument(asked, 9), block, FACTS, INT64)
     key, value = np.zeros(ROWS * D, like.dtype), np.zeros(ROWS * D, like.dtype)
     end = B if block < prefix_blocks else fact[END]
@@ -439,10 +452,9 @@ def _keys_backward(asked, block, g, like):
     panel_size = B * (PANEL // per_word) * PANEL
     for j in range(0, fact[COUNT], ROWS):
         rows, n = min(ROWS, fact[COUNT] - j), fact[TOKEN] + j
-        for r in range(rows):
-            x, place = qkv + ((n + r) * (H + 2 * G) + H + g) * D * size, (n + r) * D * size
-            turn(x, cos + place, sin + place, D, address(key, r * D), like)
-            copy(x + G * D * size, D, address(value, r * D), like)
+        x, place = qkv + (n * width + (H + g) * D) * size, n * D * size
+        _turn_rows(x, width, cos + place, sin + place, rows, D, address(key, 0), like)
+        _copy_rows(x + G * D * size, width, rows, D, address(value, 0), like)
         key_sums[:] = 0
         value_sums[:] = 0
         at = block
@@ -457,7 +469,7 @@ def _keys_backward(asked, block, g, like):
                 of_queries = 4 * (h * B + at) * PANEL
                 for r in range(rows):
                     first = row(positions, block * PANEL + j + r, 1, INT32)[0]
-                    last = np.int32(first + window - 1)
+                    last = np.int32(min(first + window, NOWHERE) - 1)
                     some, of_weights = address(scores, r * stride), address(gradients, r * stride)
                     _weigh_again(some, places, first, last, scale, logsums + of_queries, count)
                     _write(some, np.float32(1), count, address(weights, r * stride), like)
@@ -472,7 +484,7 @@ def _keys_backward(asked, block, g, like):
             at += blocks
         for r in range(rows):
             place = (n + r) * D * size
-            to = argument(asked, 0) + ((n + r) * (H + 2 * G) + H + g) * D * size
+            to = argument(asked, 0) + ((n + r) * width + (H + g) * D) * size
             turn_back(address(key_sums, r * D), cos + place, sin + place, D, to, like)
             _write(address(value_sums, r * D), np.float32(1), D, to + G * D * size, like)
 

@@ -88,37 +88,15 @@ _add_many_2 = _panels(ROWS, 2, adds=True)
 
 
 @compiled()
-def multiply(rows, x, stride, packed, panel_size, count, columns, out, out_stride, like):
-    """out[j, : PANEL * columns] = x[j] times one or two panels, for j < rows <= ROWS.
-
-    x, packed, out: addresses; stride, panel_size: words from one row or panel to the next; out_stride: numbers.
-    """
-    weights = pointer(packed, INT32)
-    if rows == ROWS:
-        from_, to = pointer(x, INT32), pointer(out, FP32)
-        if columns == 2:
-            _many_2(from_, stride, weights, panel_size, count, to, out_stride, like)
-        else:
-            _many_1(from_, stride, weights, panel_size, count, to, out_stride, like)
-    else:
-        for j in range(rows):
-            from_, to = pointer(x + 4 * j * stride, INT32), pointer(out + 4 * j * out_stride, FP32)
-            if columns == 2:
-                _one_2(from_, stride, weights, panel_size, count, to, out_stride, like)
-            else:
-                _one_1(from_, stride, weights, panel_size, count, to, out_stride, like)
-
-
-@compiled()
 def multiply_tile(x, stride, packed, panel_size, count, out, out_stride, like):
-    """`multiply` of ROWS rows and two panels."""
+    """out[j, :STRIP] = x[j] times two panels, for j < ROWS; see `multiply`."""
     to = pointer(out, FP32)
     _many_2(pointer(x, INT32), stride, pointer(packed, INT32), panel_size, count, to, out_stride, like)
 
 
 @compiled()
 def multiply_panel(x, stride, packed, count, out, out_stride, like):
-    """`multiply` of ROWS rows and one panel."""
+    """out[j, :PANEL] = x[j] times one panel, for j < ROWS."""
     _many_1(pointer(x, INT32), stride, pointer(packed, INT32), 0, count, pointer(out, FP32), out_stride, like)
 
 
@@ -127,3 +105,23 @@ def add_tile(x, stride, packed, panel_size, count, out, out_stride, like):
     """`multiply_tile`, on top of what is in `out`."""
     to = pointer(out, FP32)
     _add_many_2(pointer(x, INT32), stride, pointer(packed, INT32), panel_size, count, to, out_stride, like)
+
+
+@compiled()
+def multiply(rows, x, stride, packed, panel_size, count, columns, out, out_stride, like):
+    """out[j, : PANEL * columns] = x[j] times one or two panels, for j < rows <= ROWS.
+
+    x, packed, out: addresses; stride, panel_size: words from one row or panel to the next; out_stride: numbers.
+    """
+    if rows == ROWS and columns == 2:
+        multiply_tile(x, stride, packed, panel_size, count, out, out_stride, like)
+    elif rows == ROWS:
+        multiply_panel(x, stride, packed, count, out, out_stride, like)
+    else:
+        weights = pointer(packed, INT32)
+        for j in range(rows):
+            from_, to = pointer(x + 4 * j * stride, INT32), pointer(out + 4 * j * out_stride, FP32)
+            if columns == 2:
+                _one_2(from_, stride, weights, panel_size, count, to, out_stride, like)
+            else:
+                _one_1(from_, stride, weights, panel_size, count, to, out_stride, like)

@@ -54,7 +54,8 @@ def _forward(
     else:
         window = getattr(attention, "sliding_window", None)
     heads, groups = projections[0].shape[1] // size, projections[1].shape[1] // size
-    qkv, seen = siblings.outputs(hidden_states, projections[0].router.routing), hidden_states
+    qkv = siblings.outputs(hidden_states, projections[0].router.routing)
+    seen: Tensor
     if isinstance(layout, PackedRows):
         segments = Segments.of(layout.prefix, layout.lengths)
         seen = PackedAttention.apply(qkv, *position_embeddings, segments, heads, groups, attention.scaling, window)
@@ -71,6 +72,7 @@ def _is_for(x: Tensor, head_size: int) -> bool:
 
 def _apart(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """(1, N, (H + 2 G) D), cosine and sine (1, N, D) -> queries (1, H, N, D), keys and values (1, G, N, D)."""
+    assert not qkv.requires_grad  # nothing is kept for a way back
     tokens, size = qkv.shape[1], cos.shape[-1]
     query, key, value = (qkv.new_empty(1, count, tokens, size) for count in (heads, groups, groups))
     parts = query, key, value
