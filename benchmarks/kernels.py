@@ -217,7 +217,7 @@ PASSES = 7
 PARTS = {
     "norms": [(rmsnorm, "is_for")],
     "gates": [(gatedmlp, "is_for")],
-    "attention": [(selfattention, "_is_for")],
+    "attention": [(selfattention, "is_for")],
     "cross entropy": [(crossentropy, "is_for")],
     "LoRA": [(Panels, "fit")],
 }

@@ -59,8 +59,7 @@ class Scoring:
 _layout: Layout | None = None
 
 
-def current_layout() -> Layout:
-    assert _layout is not None, "a forward pass outside layout_in_force"
+def current_layout() -> Layout | None:
     return _layout
 
 
@@ -91,6 +90,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The function that the model's attention layers call. Returns (1, N, H, D)."""
     layout = current_layout()
+    assert layout is not None, "a forward pass outside layout_in_force"
     if attention_mask is not None or dropout or is_causal is False:
         raise TypeError("attention with a mask of its own, with dropout or to later tokens")
     how = Scoring(

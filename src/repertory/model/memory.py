@@ -261,8 +261,7 @@ class Demand:
     def _has_compiled_attention(self) -> bool:
         architecture = self.architecture
         is_for_kernels = self.device == "cpu" and self.key.dtype != "fp16" and lacking() is None
-        is_joined = architecture.is_llama_like and self.key.quantization == "none"
-        return is_for_kernels and is_joined and fits(BYTES[self.key.dtype], architecture.head_size)
+        return is_for_kernels and architecture.is_llama_like and fits(BYTES[self.key.dtype], architecture.head_size)
 
     def _is_written_out(self, one: _AttentionPass) -> bool:
         if self._has_compiled_attention:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -38,23 +39,27 @@ def _forward(
     attention_mask: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, Any]:
-    """In place of the module's own, which is `otherwise`: for another device, or before its layers are joined."""
+    """In place of the module's own, which is `otherwise`: for another device, or where the model is looked at."""
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    siblings, size = getattr(projections[0], "siblings", None), attention.head_dim
-    if siblings is None or siblings.layers != projections or not _is_for(hidden_states, size):
+    siblings, layout, size = getattr(projections[0], "siblings", None), current_layout(), attention.head_dim
+    is_packed = isinstance(layout, PackedRows)
+    is_fit = is_for(hidden_states) and (not is_packed or fits(hidden_states.itemsize, size))
+    if layout is None or siblings is None or not is_fit:
         return otherwise(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             **more,
         )
-    layout = current_layout()
     if isinstance(attention, MistralAttention):
         window = getattr(attention.config, "sliding_window", None)
     else:
         window = getattr(attention, "sliding_window", None)
     heads, groups = projections[0].shape[1] // size, projections[1].shape[1] // size
-    qkv = siblings.outputs(hidden_states, projections[0].router.routing)
+    if siblings.layers == projections:
+        qkv = siblings.outputs(hidden_states, projections[0].router.routing)
+    else:  # quantized, or not joined yet
+        qkv = torch.cat([projection(hidden_states) for projection in projections], dim=-1)
     seen: Tensor
     if isinstance(layout, PackedRows):
         segments = Segments.of(layout.prefix, layout.lengths)
@@ -64,10 +69,6 @@ def _forward(
         seen = layout.attend(attention.layer_idx, *parts, Scoring(scale=attention.scaling, window=window))
         seen = seen.transpose(1, 2).reshape(*hidden_states.shape[:2], heads * size)
     return attention.o_proj(seen), None
-
-
-def _is_for(x: Tensor, head_size: int) -> bool:
-    return is_for(x) and (not isinstance(current_layout(), PackedRows) or fits(x.itemsize, head_size))
 
 
 def _apart(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
