@@ -3,7 +3,7 @@
 Activations are what autograd keeps between forward and backward, counted operation by operation as this package
 computes them (`lora`, `rmsnorm`, `gatedmlp`, `packedattention`, `attention`, `crossentropy`), for one micro-batch.
 Measured beside it on a CPU (bundled model, rank 16, all linear layers, 128 to 640 tokens, fp32 and bf16;
-`docs/log.md`): `python -m benchmarks.memory` sees a resident memory that rises 1.16 to 1.45 times as far, for which
+`docs/log.md`): `python -m benchmarks.memory` sees a resident memory that rises 1.14 to 1.45 times as far, for which
 ALLOCATOR_OVERHEAD stands. No GPU has confirmed the figures yet.
 
 Shapes: h hidden size, i intermediate size, q query heads x head size.
