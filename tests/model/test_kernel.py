@@ -28,6 +28,8 @@ from repertory.settings import Settings
 from repertory_fixtures import LoadBase, greedy
 
 DTYPES = [torch.float32, torch.bfloat16]
+needs_bf16 = pytest.mark.skipif(not kernel.HAS_BF16_PRODUCTS, reason="this processor does not multiply bf16")
+MULTIPLIED = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 
 pytestmark = pytest.mark.skipif(not kernel.is_for(torch.zeros(1)), reason="no kernels on this processor")
@@ -130,7 +132,7 @@ PACKS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize(("prefix", "lengths", "heads", "groups", "size", "window"), PACKS)
 def test_attention_over_packed_rows(
     prefix: int,
@@ -142,8 +144,7 @@ def test_attention_over_packed_rows(
     dtype: torch.dtype,
     two_threads: None,
 ) -> None:
-    if not packedattention.fits(dtype.itemsize, size):
-        pytest.skip("this processor does not multiply bf16")
+    assert packedattention.fits(dtype.itemsize, size)
     torch.manual_seed(0)
     layout = PackedRows(prefix, lengths, torch.device("cpu"))
     tokens = layout.token_count + 3  # that follow the rows
@@ -207,7 +208,6 @@ def fresh(siblings: Siblings, names: list[str], rank: int, dtype: torch.dtype = 
     return Adapter(config, A, B)
 
 
-needs_bf16 = pytest.mark.skipif(not kernel.HAS_BF16_PRODUCTS, reason="this processor does not multiply bf16")
 GROUPS = [
     ([64], 96, ["layer0"], 16),
     ([64], 96, ["layer0"], 5),
@@ -394,14 +394,6 @@ def test_what_is_no_number_stays_none_and_where_it_is(bad: float, dtype: torch.d
     gate_up[0, 3, 7] = gate_up[0, 4, 70] = bad
     finite = gatedmlp._GatedBySilu.apply(gate_up).isfinite()
     assert (~finite).nonzero().tolist() == [[0, 3, 7], [0, 4, 6]]
-    qkv, turned = torch.randn(1, 20, 96).to(dtype), torch.ones(2, 1, 20, 32).to(dtype)
-    qkv[0, 9, 70] = bad  # of a value that the rest of its row sees
-    if packedattention.fits(dtype.itemsize, 32):
-        segments = packedattention.Segments.of(4, (8, 8))
-        finite = packedattention.PackedAttention.apply(qkv, *turned, segments, 1, 1, 1.0, None).isfinite().all(-1)[0]
-        assert not finite[9:12].any()
-        assert finite[:4].all()
-        assert finite[12:].all()
     hidden, weight = torch.randn(2, 32).to(dtype), torch.randn(1000, 32).to(dtype)
     hidden[1, 0] = bad
     base: Any = _Head(weight)
@@ -410,6 +402,18 @@ def test_what_is_no_number_stays_none_and_where_it_is(bad: float, dtype: torch.d
     )
     assert nll.isfinite().tolist() == [True, False]
     assert gradient.isfinite().all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_in_a_row_reaches_no_other_row(bad: float, dtype: torch.dtype, two_threads: None) -> None:
+    qkv, turned = torch.randn(1, 20, 96).to(dtype), torch.ones(2, 1, 20, 32).to(dtype)
+    qkv[0, 9, 70] = bad  # of a value that the rest of its row sees
+    segments = packedattention.Segments.of(4, (8, 8))
+    finite = packedattention.PackedAttention.apply(qkv, *turned, segments, 1, 1, 1.0, None).isfinite().all(-1)[0]
+    assert not finite[9:12].any()
+    assert finite[:4].all()
+    assert finite[12:].all()
 
 
 @needs_bf16
